@@ -1,0 +1,22 @@
+"""Exact directional curvature of any PyTorch model."""
+
+from curvature.directional import directional
+from curvature.errors import NonFiniteLoss, NotTwiceDifferentiable
+from curvature.fit import fit
+from curvature.hvp import hvp
+from curvature.objective import Objective
+from curvature.quadratic import Quadratic
+from curvature.side_effects import SideEffects
+from curvature.tape import Tape
+
+__all__ = [
+    "NonFiniteLoss",
+    "NotTwiceDifferentiable",
+    "Objective",
+    "Quadratic",
+    "SideEffects",
+    "Tape",
+    "directional",
+    "fit",
+    "hvp",
+]

@@ -1,0 +1,63 @@
+"""Choose the variants of operations that PyTorch differentiates twice, and differentiates right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, attention uses its math kernel and weight normalisation its plain formula.
+
+    The fused attention kernels have no second derivative; the fused kernel of weight
+    normalisation has a wrong one, since its backward pass takes the norms for constants. The
+    caller's choice of attention kernels is restored at the end.
+    """
+    with sdpa_kernel(SDPBackend.MATH), _PlainWeightNorm():
+        yield
+
+
+def obstacle(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why a derivative of ``tensors`` would be wrong without an error, or ``None``."""
+    recorded = _names(tensors)
+    return next((reason for name, reason in _WRONG.items() if name in recorded), None)
+
+
+_WRONG = {
+    # Reached where the mode below does not see the call, as inside TorchScript.
+    "WeightNormInterfaceBackward0": "PyTorch's second derivative of fused weight_norm is wrong",
+    # torch.autograd.grad never runs this node, which would raise: it leads to no parameter.
+    "torch::autograd::Error": "a custom autograd.Function is marked once_differentiable",
+}
+
+
+def _names(tensors: Sequence[Tensor | None]) -> set[str]:
+    """The names of all nodes of the graphs behind ``tensors``."""
+    seen = set()
+    waiting = [t.grad_fn for t in tensors if t is not None]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(parent for parent, _ in node.next_functions)
+    return {node.name() for node in seen}
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))

@@ -1,0 +1,63 @@
+"""The common case of a module, a loss and a batch, as a function of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Objective:
+    """``J(params) = loss(model(inputs), target)``: a function that the verbs of this package take.
+
+    Args:
+        model: any module. Its mode (train or eval), buffers and frozen parameters are used as
+            they are at each call.
+        loss: ``loss(output, target)``, a scalar or one loss per sample (``reduction="none"``).
+        batch: ``(inputs, target)``. ``inputs`` is one tensor, a tuple of positional arguments,
+            or a mapping of keyword arguments of the model.
+
+    Attributes:
+        params: the model's trainable parameters by name, as :func:`dict`; read at each access.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``batch`` no pair.
+
+    Example:
+        >>> import torch, curvature
+        >>> model = torch.nn.Linear(3, 1)
+        >>> batch = torch.ones(4, 3), torch.zeros(4, 1)
+        >>> J = Objective(model, torch.nn.functional.mse_loss, batch)
+        >>> ones = {name: torch.ones_like(p) for name, p in J.params.items()}
+        >>> curvature.directional(J, J.params, ones).curvature  # 2 (3 + 1)^2
+        tensor(32.)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        batch: tuple[Any, Any],
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError("batch must be a pair (inputs, target)")
+        self.model = model
+        self.loss = loss
+        self.inputs, self.target = batch
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
+        args, kwargs = (), {}
+        if isinstance(self.inputs, Mapping):
+            kwargs = dict(self.inputs)
+        else:
+            args = self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
+        output = functional_call(self.model, dict(params), args, kwargs)
+        return self.loss(output, self.target)

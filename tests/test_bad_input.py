@@ -1,0 +1,154 @@
+"""Every bad argument is refused with a message that names it and says what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from curvature import NonFiniteLoss, Objective, Tape, directional, fit, hvp
+from curvature.testing import check_directional, finite_difference
+
+X, V = torch.ones(3), torch.ones(3)
+ZERO = torch.zeros(())
+
+
+def square(x: torch.Tensor) -> torch.Tensor:
+    return x.square().sum()
+
+
+def square_tree(p: dict) -> torch.Tensor:
+    return sum((x.square().sum() for x in p.values()), ZERO)
+
+
+TREE = {"a": torch.ones(2), "b": torch.ones(3)}
+
+# func, params, direction, type of the error, message
+CASES: dict[str, tuple[Callable, Any, Any, type[Exception], str]] = {
+    "shape": (square, X, torch.ones(2), ValueError, r"direction has shape \(2,\), .* has \(3,\)"),
+    "missing key": (square_tree, TREE, {"a": X}, ValueError, r"missing \[\"\['b'\]\"\]"),
+    "extra key": (square_tree, TREE, {**TREE, "c": X}, ValueError, r"unexpected \[\"\['c'\]\"\]"),
+    "shape in a tree": (
+        square_tree,
+        TREE,
+        {"a": torch.ones(2), "b": torch.ones(4)},
+        ValueError,
+        r"direction\['b'\] has shape \(4,\)",
+    ),
+    "dtype of direction": (square, X, V.double(), TypeError, "direction has dtype torch.float64"),
+    "direction no tensor": (square, X, 1.0, TypeError, "direction is a float"),
+    "NaN direction": (square, X, V * torch.nan, ValueError, "direction holds NaN"),
+    "infinite direction": (
+        square_tree,
+        TREE,
+        {"a": torch.ones(2), "b": torch.ones(3) * torch.inf},
+        ValueError,
+        r"direction\['b'\] holds NaN or infinite",
+    ),
+    "integer params": (square, X.int(), V.int(), TypeError, "params has dtype torch.int32"),
+    "half params": (square, X.half(), V.half(), TypeError, "params has dtype torch.float16"),
+    "complex params": (square, X + 0j, V + 0j, TypeError, "complex64.*real and imaginary"),
+    "sparse params": (square, X.to_sparse(), V, TypeError, "layout torch.sparse_coo"),
+    "params no tensor": (square_tree, {"a": 1.0}, {"a": V}, TypeError, r"params\['a'\] is a float"),
+    "no params": (square_tree, {}, {}, ValueError, "params holds no tensor"),
+    "iterator": (square, iter([X]), [V], TypeError, r"dict\(model.named_parameters\(\)\)"),
+    "matrix": (lambda x: x.outer(x), X, V, ValueError, r"loss has shape \(3, 3\); return a scalar"),
+    "no tensor returned": (lambda x: 1.0, X, V, TypeError, "loss is a float, not a tensor"),
+    "tuple returned": (lambda x: (x.sum(),), X, V, TypeError, "loss is a tuple"),
+    "integer loss": (lambda x: x.int().sum(), X, V, TypeError, "loss has dtype torch.int"),
+    "complex loss": (lambda x: x.sum() + 0j, X, V, TypeError, "loss has dtype torch.complex64"),
+    "empty batch": (lambda x: x[:0], X, V, ValueError, "the batch is empty"),
+    "NaN loss": (
+        lambda x: (-x).log(),
+        X,
+        V,
+        NonFiniteLoss,
+        r"3 of 3 samples .* \(sample 0, 1, 2\)",
+    ),
+    "NaN params": (square, X * torch.nan, V, NonFiniteLoss, "the loss is nan"),
+}
+NEEDS_GRAPH = {
+    "detached": (lambda x: x.detach().sum(), X, V, ValueError, "loss has no graph"),
+    "other parameters": (
+        lambda x: nn.Linear(3, 1)(torch.ones(3)).sum(),
+        X,
+        V,
+        ValueError,
+        "does not depend on any tensor of params",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *NEEDS_GRAPH])
+@pytest.mark.parametrize("verb", [directional, hvp], ids=["directional", "hvp"])
+def test_exact_verbs(verb: Callable, case: str) -> None:
+    func, params, direction, error, message = {**CASES, **NEEDS_GRAPH}[case]
+    if verb is hvp:
+        message = message.replace("direction", "vector")
+    before = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        verb(func, params, direction)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fit(case: str) -> None:
+    func, params, direction, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        fit(func, params, direction, [-0.5, 0, 0.5])
+
+
+def test_unknown_engine() -> None:
+    with pytest.raises(ValueError, match="engine is 'fast'; it must be one of 'auto', 'reference'"):
+        directional(square, X, V, engine="fast")
+
+
+def test_per_sample_of_a_scalar() -> None:
+    with pytest.raises(ValueError, match='reduction="none"'):
+        directional(square, X, V, per_sample=True)
+
+
+def test_tape_is_used_in_order() -> None:
+    tape = Tape()
+    with pytest.raises(RuntimeError, match="call backward"):
+        tape.directional([V])
+    x = X.clone().requires_grad_()
+    with tape:
+        loss = square(x)
+    with pytest.raises(RuntimeError, match="make a new one"), tape:
+        pass
+    with pytest.raises(ValueError, match=r"params\[0\] does not require grad"):
+        tape.backward(loss, [X])
+
+
+def test_tape_after_the_users_own_backward() -> None:
+    x = X.clone().requires_grad_()
+    with Tape() as tape:
+        loss = square(x)
+        loss.backward()
+    with pytest.raises(ValueError, match="without calling backward"):
+        tape.backward(loss, [x])
+
+
+def test_objective() -> None:
+    with pytest.raises(TypeError, match="model is a function"):
+        Objective(square, square, (X, X))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pair"):
+        Objective(nn.Identity(), square, X)  # type: ignore[arg-type]
+
+
+def test_finite_differences() -> None:
+    with pytest.raises(TypeError, match="need float64"):
+        finite_difference(square, X, V)
+    with pytest.raises(ValueError, match="direction is zero"):
+        finite_difference(square, X.double(), 0 * V.double())
+
+
+def test_checks_can_fail() -> None:
+    x, v = X.double(), V.double()
+    with pytest.raises(AssertionError, match="uncertain"):
+        check_directional(lambda x: (x - 1.001).relu().square().sum(), x, v)
+    # The gradient of x² with one factor detached is x: half of what the values say.
+    with pytest.raises(AssertionError, match="slope differs"):
+        check_directional(lambda x: (x * x.detach()).sum(), x, v)

@@ -1,0 +1,253 @@
+"""The verbs against closed forms, and the refusals where PyTorch has no second derivative."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import curvature
+from curvature import NotTwiceDifferentiable, Objective, Tape, directional, hvp
+
+F64 = torch.float64
+
+
+def random_quadratic(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(n, n, dtype=F64, generator=generator)
+    x, v = torch.randn(2, n, dtype=F64, generator=generator)
+    return matrix + matrix.T, x, v
+
+
+@given(n=st.integers(1, 8), seed=st.integers(0, 999))
+def test_quadratic(n: int, seed: int) -> None:
+    A, x, v = random_quadratic(n, seed)
+    q = directional(lambda x: x @ A @ x / 2, x, v)
+    torch.testing.assert_close(q.value, x @ A @ x / 2)
+    torch.testing.assert_close(q.slope, v @ A @ x)
+    torch.testing.assert_close(q.curvature, v @ A @ v)
+    torch.testing.assert_close(hvp(lambda x: x @ A @ x / 2, x, v), A @ v)
+    assert q.engine == "reference"
+    assert q.per_sample is None
+
+
+@given(batch=st.integers(1, 6), n=st.integers(1, 5), seed=st.integers(0, 999))
+def test_per_sample_quadratics(batch: int, n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(batch, n, n, dtype=F64, generator=generator)
+    A = A + A.mT
+    x, v = torch.randn(2, n, dtype=F64, generator=generator)
+    q = directional(lambda x: torch.einsum("i,bij,j->b", x, A, x) / 2, x, v, per_sample=True)
+    assert q.per_sample is not None
+    torch.testing.assert_close(q.per_sample.curvature, torch.einsum("i,bij,j->b", v, A, v))
+    torch.testing.assert_close(q.per_sample.slope, torch.einsum("i,bij,j->b", v, A, x))
+    torch.testing.assert_close(q.curvature, q.per_sample.curvature.mean())
+    torch.testing.assert_close(q.slope, q.per_sample.slope.mean())
+    torch.testing.assert_close(q.value, q.per_sample.value.mean())
+
+
+@given(scale=st.floats(-3, 3), seed=st.integers(0, 99))
+def test_homogeneous_in_the_direction(scale: float, seed: int) -> None:
+    A, x, v = random_quadratic(4, seed)
+    func = lambda x: torch.exp(x @ A @ x / 9)  # noqa: E731
+    one, scaled = directional(func, x, v), directional(func, x, scale * v)
+    torch.testing.assert_close(scaled.slope, scale * one.slope)
+    torch.testing.assert_close(scaled.curvature, scale**2 * one.curvature)
+
+
+def test_batch_norm_couples_the_samples() -> None:
+    norm = nn.BatchNorm1d(2, affine=False).to(F64)
+    x = torch.randn(5, 2, dtype=F64)
+    w, v = torch.randn(2, 2, 2, dtype=F64)
+    func = lambda w: norm(x @ w).sin().sum(1)  # noqa: E731
+    q = directional(func, w, v, per_sample=True)
+    assert q.per_sample is not None
+    for b in range(5):
+        alone = directional(lambda w, b=b: func(w)[b], w, v)
+        torch.testing.assert_close(q.per_sample.curvature[b], alone.curvature)
+
+
+def test_linear_loss_has_no_curvature() -> None:
+    q = directional(lambda x: 3 * x, torch.ones(4), torch.ones(4), per_sample=True)
+    assert q.per_sample is not None
+    assert q.slope == 3
+    assert q.curvature == 0
+    assert q.per_sample.curvature.tolist() == [0, 0, 0, 0]
+    assert torch.equal(hvp(lambda x: 3 * x, torch.ones(4), torch.ones(4)), torch.zeros(4))
+
+
+def test_zero_gradient_is_no_refusal() -> None:
+    q = directional(lambda x: x.sign() * 2, torch.ones(4), torch.ones(4))
+    assert q.slope == q.curvature == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_have_the_dtype_of_the_loss_and_no_graph(dtype: torch.dtype) -> None:
+    x = torch.ones(3, dtype=dtype, requires_grad=True)
+    q = directional(lambda x: x**3, x, torch.ones_like(x), per_sample=True)
+    assert q.per_sample is not None
+    for number in (q, q.per_sample):
+        for tensor in (number.value, number.slope, number.curvature):
+            assert tensor.dtype == dtype
+            assert not tensor.requires_grad
+
+
+def test_pytrees_and_reordered_keys() -> None:
+    params = {"a": torch.tensor([2.0]), "rest": (torch.tensor([3.0]), [torch.tensor([5.0])])}
+    func = lambda p: (p["a"] * p["rest"][0] * p["rest"][1][0]).sum()  # noqa: E731
+    direction = {"rest": (torch.tensor([1.0]), [torch.tensor([0.0])]), "a": torch.tensor([1.0])}
+    assert directional(func, params, direction).curvature == 10
+    assert directional(func, params, [torch.ones(1), torch.ones(1), torch.zeros(1)]).curvature == 10
+    product = hvp(func, params, direction)
+    assert product["a"] == 5
+    assert product["rest"][1][0] == 5
+
+
+def test_objective_with_frozen_and_tied_parameters() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3, bias=False)
+            self.outer = nn.Linear(3, 3)
+            self.outer.weight = self.inner.weight
+            self.outer.bias.requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.outer(self.inner(x))
+
+    model = Tied().to(F64)
+    batch = torch.randn(4, 3, dtype=F64), torch.randn(4, 3, dtype=F64)
+    J = Objective(model, F.mse_loss, batch)
+    assert list(J.params) == ["inner.weight"]
+    v = {"inner.weight": torch.randn(3, 3, dtype=F64)}
+    curvature.testing.check_directional(J, J.params, v)
+
+
+def test_objective_takes_positional_and_keyword_inputs() -> None:
+    model = nn.Bilinear(2, 2, 1)
+    left, right, target = torch.ones(3, 2), torch.ones(3, 2), torch.zeros(3, 1)
+    inputs = [(left, right), {"input1": left, "input2": right}]
+    results = []
+    for x in inputs:
+        J = Objective(model, F.mse_loss, (x, target))
+        ones = {name: torch.ones_like(p) for name, p in J.params.items()}
+        results.append(directional(J, J.params, ones).curvature)
+    assert results[0] == results[1] == 50  # 2 (4 + 1)^2
+
+
+def test_tape_answers_for_several_directions() -> None:
+    A, x, _ = random_quadratic(3, 0)
+    x.requires_grad_()
+    with Tape() as tape:
+        loss = x @ A @ x / 2
+    (gradient,) = tape.backward(loss, (x,))
+    torch.testing.assert_close(gradient, A @ x.detach())
+    assert not gradient.requires_grad
+    for v in torch.eye(3, dtype=F64):
+        torch.testing.assert_close(tape.directional((v,)).curvature, v @ A @ v)
+        torch.testing.assert_close(tape.hvp([v])[0], A @ v)
+
+
+def test_tape_gives_none_for_an_unused_parameter() -> None:
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    with Tape() as tape:
+        loss = x.square().sum()
+    gradient = tape.backward(loss, {"x": x, "y": y})
+    assert gradient["y"] is None
+    assert tape.directional({"x": torch.ones(2), "y": torch.ones(2)}).curvature == 4
+    assert tape.hvp({"x": torch.ones(2), "y": torch.ones(2)})["y"].tolist() == [0, 0]
+
+
+def test_attention_kernels_stay_the_callers_choice() -> None:
+    flags = (
+        torch.backends.cuda.flash_sdp_enabled,
+        torch.backends.cuda.mem_efficient_sdp_enabled,
+        torch.backends.cuda.math_sdp_enabled,
+    )
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        before = [flag() for flag in flags]
+        inside = []
+
+        def func(x: torch.Tensor) -> torch.Tensor:
+            inside.extend(flag() for flag in flags)
+            return F.scaled_dot_product_attention(x, x, x).square().sum()
+
+        directional(func, torch.randn(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+        assert inside == [False, False, True]
+        assert [flag() for flag in flags] == before
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        return cotangent * ctx.saved_tensors[0].cos()
+
+
+class CutsGraph(torch.autograd.Function):
+    forward = OnceDifferentiable.forward
+
+    @staticmethod
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        return (cotangent * ctx.saved_tensors[0].cos()).detach()
+
+
+class HandWritten(torch.autograd.Function):
+    forward = OnceDifferentiable.forward
+
+    @staticmethod
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        # A backward pass through another Function, which itself has only a first derivative.
+        return cotangent * OnceDifferentiableCosine.apply(ctx.saved_tensors[0])
+
+
+class OnceDifferentiableCosine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x.cos()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        return -cotangent * ctx.saved_tensors[0].sin()
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (OnceDifferentiable.apply, "once_differentiable"),
+        (CutsGraph.apply, "cuts its graph"),
+        (F.hardsigmoid, "hardsigmoid_backward"),
+        (lambda x: torch._weight_norm_interface(x, x[:, :1].contiguous())[0], "weight_norm"),
+    ],
+    ids=["once differentiable", "cut", "not implemented", "wrong in PyTorch"],
+)
+def test_refusals(operation, reason: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(NotTwiceDifferentiable, match=reason):
+        directional(lambda x: operation(x).square().sum(), torch.ones(2, 2), torch.ones(2, 2))
+
+
+def test_per_sample_refuses_what_only_the_mean_can_have() -> None:
+    x, v = torch.tensor([0.3, 0.4]), torch.ones(2)
+    exact = (-x.sin()).mean()
+    torch.testing.assert_close(directional(HandWritten.apply, x, v).curvature, exact)
+    with pytest.raises(NotTwiceDifferentiable, match="once_differentiable"):
+        directional(HandWritten.apply, x, v, per_sample=True)
+
+
+def test_functions_that_write_to_their_parameters_do_no_harm() -> None:
+    embedding = nn.Embedding(5, 4, max_norm=0.1)
+    before = embedding.weight.detach().clone()
+    J = Objective(embedding, lambda output, _: output.square().sum(), (torch.tensor([1, 2]), None))
+    directional(J, J.params, {"weight": torch.ones(5, 4)})
+    assert torch.equal(embedding.weight, before)
