@@ -32,7 +32,7 @@ class DoubleBackward:
         self._gradient = _differentiate(losses, self._params, self._weights, create_graph=True)
         # Linear in u, each entry requires grad or is zero: else it has lost its graph on the way.
         if any(g is not None and not g.requires_grad and g.any() for g in self._gradient):
-            raise _refusal("the backward pass of a custom autograd.Function cuts its graph")
+            raise _refusal("a backward pass cuts its own graph (a custom Function, a sparse tensor)")
 
     def directional(
         self, direction: Sequence[Tensor], *, per_sample: bool

@@ -226,7 +226,7 @@ class OnceDifferentiableCosine(torch.autograd.Function):
     ("operation", "reason"),
     [
         (OnceDifferentiable.apply, "once_differentiable"),
-        (CutsGraph.apply, "cuts its graph"),
+        (CutsGraph.apply, "cuts its own graph"),
         (F.hardsigmoid, "hardsigmoid_backward"),
         (lambda x: torch._weight_norm_interface(x, x[:, :1].contiguous())[0], "weight_norm"),
     ],

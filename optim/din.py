@@ -1,0 +1,180 @@
+"""The dynamical inertial Newton (DIN) system that INNA and INNAprop discretise, as an optimizer."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+@dataclass
+class _Move:
+    """What one chunk of parameters does once its step size is known."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    psis: list[Tensor]
+    preconditioned: list[Tensor]
+
+
+class DIN(Optimizer):
+    """Explicit Euler for DIN in (theta, psi), with a preconditioned gradient.
+
+    With u = (1/beta - alpha) theta - psi/beta, at the old theta and psi::
+
+        psi   <- psi   + gamma u
+        theta <- theta + gamma (u - beta P^-1 g)
+
+    which equals lines 12 and 13 of Algorithm 1 of *INNAprop* (Bolte, Boustany, Pauwels, Purica
+    2024), there solved for psi_k so as to divide by beta - gamma. psi starts at
+    (1 - alpha beta) theta, which is rest. Before it, theta decays by (1 - lambda gamma).
+
+    A subclass says what P is. Besides :meth:`step`, the step can be taken in two halves:
+    :meth:`propose` advances the preconditioner and says where to, :meth:`move` goes there by a
+    step chosen in between, theta and psi together.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._moves: list[tuple[float, _Move]] = []
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = {**self.defaults, **param_group}
+        _check_group(group)
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                self.param_groups.pop()
+                raise TypeError(f"{type(self).__name__} needs real parameters, got {p.dtype}")
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
+        """Take one step with gamma = ``group["lr"]``, from the gradients in ``p.grad``.
+
+        Raises:
+            ValueError: a group's lr is not below its beta.
+            TypeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            _check_group(group)
+        self._check_gradients()
+        for group in self.param_groups:
+            for move in self._advance(group):
+                _euler(move, float(group["lr"]))
+        return loss
+
+    @torch.no_grad()
+    def propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
+        """Advance the preconditioner and return d, where ``theta <- theta - s d`` to first order.
+
+        Args:
+            ratios: one factor per group; group i will move with gamma = ratios[i] * s.
+
+        Returns:
+            For each parameter with a gradient, ``ratio (lambda theta - u + beta P^-1 g)``.
+        """
+        self._check_gradients()
+        self._moves = []
+        direction: dict[Tensor, Tensor] = {}
+        for group, ratio in zip(self.param_groups, ratios, strict=True):
+            for move in self._advance(group):
+                self._moves.append((ratio, move))
+                d = _drift(move)
+                torch._foreach_neg_(d)
+                torch._foreach_add_(d, move.params, alpha=group["weight_decay"])
+                torch._foreach_add_(d, move.preconditioned, alpha=group["beta"])
+                torch._foreach_mul_(d, ratio)
+                direction.update(zip(move.params, d, strict=True))
+        return direction
+
+    @torch.no_grad()
+    def move(self, step: float) -> None:
+        """Move theta and psi of the last proposal, with gamma = step times the group's ratio."""
+        for ratio, move in self._moves:
+            _euler(move, ratio * step)
+        self._moves = []
+
+    def limit(self, ratios: Sequence[float]) -> float:
+        """The largest step that keeps every gamma below its beta."""
+        return min(
+            (
+                math.nextafter(group["beta"] / ratio, 0.0)
+                for group, ratio in zip(self.param_groups, ratios, strict=True)
+                if ratio > 0
+            ),
+            default=math.inf,
+        )
+
+    @abstractmethod
+    def _precondition(
+        self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
+    ) -> list[Tensor]:
+        """P^-1 g, advancing the preconditioner that ``states`` hold."""
+
+    def _advance(self, group: dict[str, Any]) -> list[_Move]:
+        params = [p for p in group["params"] if p.grad is not None]
+        chunks = [[p] for p in params] if group["foreach"] is False else [params] if params else []
+        return [self._advance_chunk(group, chunk) for chunk in chunks]
+
+    def _advance_chunk(self, group: dict[str, Any], params: list[Tensor]) -> _Move:
+        grads = [p.grad for p in params if p.grad is not None]
+        if group["maximize"]:
+            grads = list(torch._foreach_neg(grads))
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if not state:
+                state["psi"] = p.detach() * (1 - group["alpha"] * group["beta"])
+        preconditioned = self._precondition(group, grads, states)
+        return _Move(group, params, [state["psi"] for state in states], preconditioned)
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise TypeError(f"{type(self).__name__} does not support sparse gradients")
+
+
+def _drift(move: _Move) -> list[Tensor]:
+    """u = (1/beta - alpha) theta - psi/beta."""
+    alpha, beta = move.group["alpha"], move.group["beta"]
+    u = list(torch._foreach_mul(move.params, 1 / beta - alpha))
+    torch._foreach_add_(u, move.psis, alpha=-1 / beta)
+    return u
+
+
+def _euler(move: _Move, gamma: float) -> None:
+    if move.group["weight_decay"] != 0:
+        torch._foreach_mul_(move.params, 1 - gamma * move.group["weight_decay"])
+    u = _drift(move)
+    torch._foreach_add_(move.psis, u, alpha=gamma)
+    torch._foreach_add_(u, move.preconditioned, alpha=-move.group["beta"])
+    torch._foreach_add_(move.params, u, alpha=gamma)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr, alpha, beta = float(group["lr"]), group["alpha"], group["beta"]
+    if not lr >= 0:
+        raise ValueError(f"lr is {lr}; it must be at least 0")
+    if not alpha >= 0:
+        raise ValueError(f"alpha is {alpha}; the friction must be at least 0")
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}; it must be positive")
+    if not lr < beta:
+        raise ValueError(
+            f"lr is {lr} and beta is {beta}: the step must stay below beta, or psi overshoots the "
+            "point it relaxes to (Algorithm 1, line 3); lower lr or raise beta"
+        )
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay is {group['weight_decay']}; it must be at least 0")

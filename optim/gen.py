@@ -1,0 +1,111 @@
+"""Generalized Newton's method: the learning rate from a parabola through probed losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from curvature import NonFiniteLoss, fit
+from optim.wrapper import Choice, Trial, Wrapper
+
+
+class GeN(Wrapper):
+    """Algorithm 1 of *Gradient descent with generalized Newton's method* (Bu, Xu), as printed.
+
+    Around any optimizer whose step is ``w <- w - lr d``, the step becomes ``ell eta d``. At
+    every Phi-th step the losses at ``w - eta d`` and ``w + eta d`` are probed on the same batch,
+    with the same random numbers and without touching parameters or buffers; with the known
+    loss at w, equation (3.4) fits ``b = <g, d>`` and ``A = d^T H d``; and if both are positive ::
+
+        eta <- gamma eta + (1 - gamma) b / A
+
+    ``group["lr"]`` is ell, 1 by default: a factor on eta for torch's schedulers (as the horizon
+    factor of the paper's appendix C.7). eta keeps its value at a step whose probes are not
+    finite.
+
+    As published the method depends on its start: far too small an eta grows by a tenth per
+    refit at most where the fit has no noise, far too large a one can diverge.
+
+    Args:
+        base: an optimizer whose step is linear in lr, or one that can propose and move. Its lr
+            serves only for ratios of groups.
+        eta: the first learning rate.
+        gamma: smoothing, in [0, 1); 0 takes each fit as it is.
+        phi: how many steps share one fit.
+        ell: the factor that ``group["lr"]`` is set to.
+
+    Raises:
+        TypeError: base's step is not linear in lr, or a parameter is not float32 or float64.
+        ValueError: a hyperparameter is out of range, or a group maximizes.
+
+    Example:
+        >>> import torch
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        >>> optimizer = GeN(torch.optim.SGD([x]), eta=0.004, gamma=0.0, phi=1)
+        >>> _ = optimizer.step(lambda: 50 * (x - 3).square().sum())  # exact line search
+        >>> round(optimizer.records[-1].step, 12)
+        0.01
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        eta: float = 1e-3,
+        gamma: float = 0.9,
+        phi: int = 8,
+        ell: float = 1.0,
+    ) -> None:
+        if not eta > 0 or not math.isfinite(eta):
+            raise ValueError(f"eta is {eta}; it must be positive")
+        if not 0 <= gamma < 1:
+            raise ValueError(f"gamma is {gamma}; it must be in [0, 1)")
+        if phi < 1 or int(phi) != phi:
+            raise ValueError(f"phi is {phi}; it must be an integer of at least 1")
+        super().__init__(base, ell=ell)
+        self.eta, self.gamma, self.phi = eta, gamma, phi
+
+    def _choose(self, trial: Trial) -> Choice | str:
+        curvature = None
+        if self.iteration % self.phi == 0 and trial.squared_norm > 0:
+            try:
+                quadratic = fit(
+                    lambda values: _loss_at(trial, values),
+                    trial.params,
+                    trial.direction,
+                    steps=[-self.eta, self.eta],
+                    value=trial.value,
+                )
+            except NonFiniteLoss:
+                return Choice(r=self.eta, curvature=None)
+            b, curvature = quadratic.slope.item(), quadratic.curvature.item()
+            if curvature > 0 and b > 0:
+                self.eta = self.gamma * self.eta + (1 - self.gamma) * b / curvature
+        return Choice(r=self.eta, curvature=curvature)
+
+    def _own_state(self) -> dict[str, Any]:
+        own = {"eta": self.eta, "gamma": self.gamma, "phi": self.phi}
+        return {**super()._own_state(), **own}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        super()._load_own_state(state)
+        self.eta, self.gamma, self.phi = state["eta"], state["gamma"], state["phi"]
+
+
+def _loss_at(trial: Trial, values: Sequence[Tensor]) -> Tensor:
+    """The closure's loss with other values in the parameters, under the step's random numbers."""
+    own = [p.data for p in trial.params]
+    trial.effects.random.restore()
+    try:
+        for p, value in zip(trial.params, values, strict=True):
+            p.data = value
+        with torch.no_grad():
+            return trial.closure()
+    finally:
+        for p, data in zip(trial.params, own, strict=True):
+            p.data = data

@@ -1,0 +1,103 @@
+"""INNAprop: INNA with RMSprop's gradient scaling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.din import DIN
+
+
+class INNAprop(DIN):
+    """INNAprop, Algorithm 1 of *A second-order-like optimizer with adaptive gradient scaling*.
+
+    (Bolte, Boustany, Pauwels, Purica 2024.) In the same coordinates, without its division by
+    beta - gamma::
+
+        theta <- (1 - lambda gamma) theta
+        v     <- sigma v + (1 - sigma) g²,   v_hat = v / (1 - sigma^k)
+        psi   <- psi   + gamma ((1/beta - alpha) theta - psi/beta)
+        theta <- theta + gamma ((1/beta - alpha) theta - psi/beta - beta g / (sqrt(v_hat) + eps))
+
+    with the old theta and psi in the last two lines, and psi_0 = (1 - alpha beta) theta_0.
+    alpha = beta = 1 is AdamW without momentum. Two state tensors per parameter with a gradient,
+    as AdamW. The paper advises (alpha, beta) = (0.1, 0.9) for short training and language
+    models, (2, 2) for long training of image classifiers.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer; real floating-point.
+        lr: gamma, below beta.
+        alpha: viscous damping, at least 0.
+        beta: Newtonian damping, positive.
+        sigma: decay of the mean of squared gradients, in [0, 1).
+        eps: added to the root, after bias correction; positive.
+        weight_decay: lambda, decoupled.
+        maximize: climb instead.
+        foreach: ``False`` works one parameter at a time, with less memory; otherwise in groups.
+
+    Raises:
+        ValueError: a hyperparameter is out of range; also at a step if a scheduler takes lr to
+            beta or above.
+        TypeError: a parameter is complex or integer, or a gradient sparse.
+
+    Example:
+        >>> import torch
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -3.0]))
+        >>> optimizer = INNAprop([x], lr=0.01)
+        >>> for _ in range(1000):
+        ...     optimizer.zero_grad()
+        ...     (x**2).sum().backward()
+        ...     optimizer.step()
+        >>> bool((x.abs() < 2e-2).all())
+        True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        alpha: float = 0.1,
+        beta: float = 0.9,
+        sigma: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        if not 0 <= sigma < 1:
+            raise ValueError(f"sigma is {sigma}; it must be in [0, 1)")
+        if not eps > 0:
+            raise ValueError(f"eps is {eps}; it must be positive")
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "alpha": alpha,
+                "beta": beta,
+                "sigma": sigma,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+                "foreach": foreach,
+            },
+        )
+
+    def _precondition(
+        self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
+    ) -> list[Tensor]:
+        sigma = group["sigma"]
+        for g, state in zip(grads, states, strict=True):
+            if "step" not in state:
+                state["step"] = 0
+                state["v"] = torch.zeros_like(g)
+            state["step"] += 1
+        v = [state["v"] for state in states]
+        torch._foreach_mul_(v, sigma)
+        torch._foreach_addcmul_(v, grads, grads, value=1 - sigma)
+        root = list(torch._foreach_sqrt(v))
+        torch._foreach_div_(root, [(1 - sigma ** state["step"]) ** 0.5 for state in states])
+        torch._foreach_add_(root, group["eps"])
+        return list(torch._foreach_div(grads, root))

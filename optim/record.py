@@ -1,0 +1,78 @@
+"""What a wrapper chose at each step: read it in code, or write it as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of a wrapper; a number that was not computed is ``None``.
+
+    Attributes:
+        iteration: counts the calls of ``step``, from 1.
+        value: the mean loss before the step.
+        slope: <d, g>, positive if the step descends.
+        curvature: what the step was chosen from: the mean over samples of abs(d^T H_b d) for
+            Rescaled (of the batch if the loss is a scalar), the fitted A for GeN.
+        r: the factor by which the wrapper rescales; eta for GeN.
+        step: the step that was taken along d: ``ell * r``, unless a bound of the base optimizer
+            is below it; 0 if the step was skipped.
+        skipped: why the parameters did not move, or ``None``.
+    """
+
+    iteration: int
+    value: float | None = None
+    slope: float | None = None
+    curvature: float | None = None
+    r: float | None = None
+    step: float = 0.0
+    skipped: str | None = None
+
+    def to_json(self) -> str:
+        """One JSON object; NaN and infinity, which JSON lacks, become null."""
+        numbers = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+        return json.dumps(numbers, allow_nan=False)
+
+
+class Records:
+    """The latest :class:`StepRecord` entries of a wrapper, oldest first.
+
+    Args:
+        keep: how many to hold; older ones are dropped, so that a long run does not grow.
+
+    Example:
+        >>> records = Records(keep=2)
+        >>> for k in range(1, 4):
+        ...     records.append(StepRecord(iteration=k, value=1 / k))
+        >>> [record.iteration for record in records], records[-1].value
+        ([2, 3], 0.3333333333333333)
+    """
+
+    def __init__(self, keep: int = 10_000) -> None:
+        self._records: deque[StepRecord] = deque(maxlen=keep)
+
+    def append(self, record: StepRecord) -> None:
+        self._records.append(record)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the held records to a file, one JSON object a line."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(record.to_json() + "\n" for record in self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self._records)
+
+    def __getitem__(self, index: int) -> StepRecord:
+        return self._records[index]

@@ -1,0 +1,184 @@
+"""GeN against Algorithm 1 of the paper, and what its probes leave alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from optim import GeN
+
+F64 = torch.float64
+
+
+def loss_of(w: torch.Tensor, t: int) -> torch.Tensor:
+    """Another target at each step, so that the gradient stays away from zero."""
+    target = 2 * torch.tensor([1.0, 2.0], dtype=F64).mul(t).cos()
+    return (w - target).square().sum() + (w[0] + 2 * w[1]).sin() / 4
+
+
+def algorithm_1(
+    start: list[float], eta: float, gamma: float, phi: int, steps: int
+) -> tuple[list[float], np.ndarray]:
+    """Lines 1 to 10 with SGD, the fit by equation (3.5)."""
+    w, etas = torch.tensor(start, dtype=F64), []
+    for t in range(1, steps + 1):
+        w = w.detach().requires_grad_()
+        L0 = loss_of(w, t)
+        (g,) = torch.autograd.grad(L0, w)
+        if t % phi == 0:
+            plus, minus = loss_of(w - eta * g, t).item(), loss_of(w + eta * g, t).item()
+            A = (plus - 2 * L0.item() + minus) / eta**2
+            b = (minus - plus) / (2 * eta)
+            if A > 0 and b > 0:
+                eta = gamma * eta + (1 - gamma) * b / A
+        etas.append(eta)
+        w = w - eta * g
+    return etas, w.detach().numpy()
+
+
+@given(
+    eta=st.sampled_from([0.01, 0.1, 0.5]),
+    gamma=st.sampled_from([0.0, 0.5, 0.9]),
+    phi=st.integers(1, 4),
+    start=st.lists(st.floats(-1, 1), min_size=2, max_size=2),
+)
+def test_algorithm_1(eta: float, gamma: float, phi: int, start: list[float]) -> None:
+    w = nn.Parameter(torch.tensor(start, dtype=F64))
+    optimizer = GeN(torch.optim.SGD([w]), eta=eta, gamma=gamma, phi=phi)
+    for t in range(1, 9):
+        optimizer.step(lambda t=t: loss_of(w, t))
+    etas, end = algorithm_1(start, eta, gamma, phi, 8)
+    np.testing.assert_allclose([r.step for r in optimizer.records], etas, rtol=1e-6)
+    np.testing.assert_allclose(w.detach().numpy(), end, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_exact_line_search_on_a_quadratic(base: type) -> None:
+    A = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=F64)
+    w = nn.Parameter(torch.tensor([1.0, -2.0], dtype=F64))
+    optimizer = GeN(base([w]), eta=0.3, gamma=0.0, phi=1)
+    optimizer.step(lambda: w @ A @ w / 2)
+    record = optimizer.records[-1]
+    assert record.step == pytest.approx(record.slope / record.curvature)
+    slope_left = torch.autograd.grad(w @ A @ w / 2, w)[0]
+    start = torch.tensor([1.0, -2.0], dtype=F64)
+    assert slope_left @ (start - w.detach()) == pytest.approx(0, abs=1e-10)
+
+
+def test_newtons_direction_gets_step_one() -> None:
+    """Proposition 3.3."""
+    A = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=F64)
+    w = nn.Parameter(torch.tensor([1.0, -2.0], dtype=F64))
+
+    class Newton(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(torch.linalg.solve(A, p.grad), alpha=group["lr"])
+
+    optimizer = GeN(Newton([w]), eta=0.1, gamma=0.0, phi=1)
+    optimizer.step(lambda: w @ A @ w / 2)
+    assert optimizer.eta == pytest.approx(1)
+    torch.testing.assert_close(w.detach(), torch.zeros(2, dtype=F64), rtol=0, atol=1e-9)
+
+
+class Uphill(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize(
+    ("base", "sign", "slope", "curvature"),
+    [(torch.optim.SGD, -1, 4, -8), (Uphill, 1, -4, 8), (Uphill, -1, -4, -8)],
+)
+def test_eta_keeps_its_value_unless_both_are_positive(
+    base: type, sign: int, slope: float, curvature: float
+) -> None:
+    w = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    optimizer = GeN(base([w]), eta=0.1, gamma=0.0, phi=1)
+    optimizer.step(lambda: sign * w.square().sum())
+    assert optimizer.eta == 0.1
+    assert optimizer.records[-1].slope == pytest.approx(slope)
+    assert optimizer.records[-1].curvature == pytest.approx(curvature)
+
+
+def test_eta_keeps_its_value_where_a_probe_is_not_finite() -> None:
+    w = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    optimizer = GeN(torch.optim.SGD([w]), eta=0.9, gamma=0.0, phi=1)
+    optimizer.step(lambda: -(w - 0.9).log().sum())
+    assert optimizer.eta == 0.9
+    assert optimizer.records[-1].curvature is None
+    assert optimizer.records[-1].step == 0.9
+
+
+def test_probes_see_the_batch_as_the_gradient_did_and_leave_no_trace() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    x, y = torch.randn(16, 3), torch.randn(16, 1)
+    masks = []
+    model[2].register_forward_hook(lambda _, inputs, output: masks.append(output == 0))
+    optimizer = GeN(torch.optim.SGD(model.parameters()), eta=1e-3, phi=1)
+    optimizer.step(lambda: F.mse_loss(model(x), y))
+    assert len(masks) == 3
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+    after = torch.get_rng_state()
+
+    torch.manual_seed(3)
+    twin = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    x, y = torch.randn(16, 3), torch.randn(16, 1)
+    F.mse_loss(twin(x), y)
+    assert torch.equal(torch.get_rng_state(), after)
+    for name, buffer in twin.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name))
+
+
+def test_ell_is_a_factor_on_eta() -> None:
+    w = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    optimizer = GeN(torch.optim.SGD([w]), eta=0.1, phi=2)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5)
+    optimizer.step(lambda: w.square().sum())
+    assert optimizer.records[-1].step == pytest.approx(0.05)
+    assert w.item() == pytest.approx(0.9)
+
+
+def test_a_failing_probe_leaves_the_parameters() -> None:
+    w = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    own = w.data_ptr()
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyError("lost connection")
+        return w.square().sum()
+
+    optimizer = GeN(torch.optim.SGD([w]), eta=0.1, phi=1)
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert w.item() == 1
+    assert w.data_ptr() == own
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eta": 0.0}, "eta is 0.0"),
+        ({"eta": math.nan}, "eta is nan"),
+        ({"gamma": 1.0}, "gamma is 1.0"),
+        ({"phi": 0}, "phi is 0"),
+        ({"phi": 1.5}, "phi is 1.5"),
+        ({"ell": -1.0}, "ell is -1.0"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GeN(torch.optim.SGD([nn.Parameter(torch.ones(1))]), **options)

@@ -1,0 +1,46 @@
+"""The floors of the two packages: imports run downward only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    "curvature": [
+        {"errors", "quadratic", "trees", "losses", "side_effects", "objective", "differentiable"},
+        {"reference"},
+        {"tape"},
+        {"directional", "fit"},
+        {"hvp", "testing"},
+    ],
+    "optim": [
+        {"din", "direction", "record"},
+        {"inna", "innaprop", "wrapper"},
+        {"rescaled", "gen"},
+    ],
+}
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_run_downward(package: str) -> None:
+    floor_of = {name: i for i, floor in enumerate(FLOORS[package]) for name in floor}
+    files = {path.stem: path for path in (ROOT / package).glob("*.py")}
+    del files["__init__"]
+    assert set(files) == set(floor_of)
+    for name, path in files.items():
+        for module in imports(path):
+            if module.startswith(package + "."):
+                assert floor_of[module.removeprefix(package + ".")] < floor_of[name], (name, module)
+
+
+def test_curvature_knows_no_optimizer_and_optim_only_public_names() -> None:
+    for path in (ROOT / "curvature").glob("*.py"):
+        assert not any(m.split(".")[0] == "optim" or m == "torch.optim" for m in imports(path))
+    for path in (ROOT / "optim").glob("*.py"):
+        assert not any(module.startswith("curvature.") for module in imports(path))

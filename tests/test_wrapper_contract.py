@@ -1,0 +1,384 @@
+"""What holds for every wrapper around every base optimizer."""
+
+import copy
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from optim import INNA, GeN, INNAprop, Rescaled
+
+F64 = torch.float64
+BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD, all options": lambda p: torch.optim.SGD(
+        p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1
+    ),
+    "RMSprop": lambda p: torch.optim.RMSprop(p),
+    "RMSprop, all options": lambda p: torch.optim.RMSprop(
+        p, momentum=0.5, centered=True, weight_decay=0.1
+    ),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr_decay=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "Adam": lambda p: torch.optim.Adam(p, amsgrad=True, weight_decay=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, foreach=False),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "Adamax": lambda p: torch.optim.Adamax(p),
+    "NAdam": lambda p: torch.optim.NAdam(p, decoupled_weight_decay=True, weight_decay=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p),
+    "INNA": lambda p: INNA(p, beta=1.0),
+    "INNAprop": lambda p: INNAprop(p, foreach=False),
+}
+WRAPPERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "Rescaled": lambda base: Rescaled(base, ell=0.5),
+    "GeN": lambda base: GeN(base, eta=0.01, phi=2),
+}
+every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+class Problem:
+    """A small network with dropout, batch norm and an unused parameter, on fixed batches."""
+
+    def __init__(self, dtype: torch.dtype = F64) -> None:
+        torch.manual_seed(0)
+        # No bias before the batch norm: its gradient is rounding noise, which Adam makes a step.
+        self.model = nn.Sequential(
+            nn.Linear(4, 6, bias=False),
+            nn.BatchNorm1d(6),
+            nn.Tanh(),
+            nn.Dropout(0.2),
+            nn.Linear(6, 3),
+        ).to(dtype)
+        self.unused = nn.Parameter(torch.ones(2, dtype=dtype))
+        self.batches = [(torch.randn(8, 4, dtype=dtype), torch.randint(3, (8,))) for _ in range(6)]
+
+    def groups(self) -> list[dict[str, Any]]:
+        first, *rest = self.model.parameters()
+        return [{"params": [first, self.unused]}, {"params": rest}]
+
+    def params(self) -> list[Tensor]:
+        return [*self.model.parameters(), self.unused]
+
+    def losses(self, k: int) -> Tensor:
+        x, y = self.batches[k]
+        return F.cross_entropy(self.model(x), y, reduction="none")
+
+    def train(self, optimizer: Any, steps: range) -> None:
+        for k in steps:
+            optimizer.step(lambda k=k: self.losses(k))
+
+    def snapshot(self, optimizer: Any) -> Any:
+        return copy.deepcopy(
+            (
+                [p.data for p in self.params()],
+                list(self.model.buffers()),
+                optimizer.base.state_dict()["state"],
+                torch.get_rng_state(),
+            )
+        )
+
+
+def assert_same(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@every_wrapper
+@every_base
+def test_equals_the_base_with_the_recorded_steps_as_its_rate(base: str, wrapper: str) -> None:
+    """State advances once a step; all of it, buffers and random numbers too, is the base's."""
+    problem = Problem()
+    optimizer = WRAPPERS[wrapper](BASES[base](problem.groups()))
+    optimizer.param_groups[1]["lr"] *= 0.25
+    problem.train(optimizer, range(6))
+    after = problem.snapshot(optimizer)
+    assert optimizer.skipped == 0
+    assert not (torch.cat([p.detach().flatten() for p in problem.params()]) == 0).all()
+
+    twin = Problem()
+    plain = BASES[base](twin.groups())
+    for k, record in enumerate(optimizer.records):
+        plain.param_groups[0]["lr"], plain.param_groups[1]["lr"] = record.step, record.step / 4
+        plain.zero_grad()
+        twin.losses(k).mean().backward()
+        plain.step()
+    params, buffers, state, rng = after
+    torch.testing.assert_close(params, [p.data for p in twin.params()], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(buffers, list(twin.model.buffers()), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(state, plain.state_dict()["state"], rtol=1e-7, atol=1e-10)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert twin.unused not in plain.state or base.startswith("Adagrad")
+    assert twin.unused.grad is None
+
+
+@every_wrapper
+@every_base
+def test_a_saved_run_continues_bit_for_bit(base: str, wrapper: str) -> None:
+    # In float32, as torch itself casts NAdam's float32 state to the parameters' dtype on loading.
+    problem = Problem(torch.float32)
+    optimizer = WRAPPERS[wrapper](BASES[base](problem.groups()))
+    problem.train(optimizer, range(3))
+    saved = copy.deepcopy((problem.model.state_dict(), optimizer.state_dict()))
+    rng = torch.get_rng_state()
+    problem.train(optimizer, range(3, 6))
+
+    other = Problem(torch.float32)
+    resumed = WRAPPERS[wrapper](BASES[base](other.groups()))
+    other.model.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    torch.set_rng_state(rng)
+    other.train(resumed, range(3, 6))
+    assert_same([p.data for p in other.params()], [p.data for p in problem.params()])
+    assert list(resumed.records) == list(optimizer.records)[3:]
+
+
+@every_wrapper
+@every_base
+def test_faults_change_nothing_and_training_goes_on(base: str, wrapper: str) -> None:
+    problem = Problem()
+    optimizer = WRAPPERS[wrapper](BASES[base](problem.groups()))
+    problem.train(optimizer, range(2))
+    before = problem.snapshot(optimizer)
+
+    def nan() -> Tensor:
+        losses = problem.losses(2)
+        return losses * torch.tensor([torch.nan] + [1.0] * 7, dtype=F64)
+
+    def infinite_gradient() -> Tensor:
+        return (problem.losses(2).sum() * 0).sqrt()
+
+    def overflow() -> Tensor:
+        return problem.losses(2) * 1e200
+
+    for closure, reason in (
+        (nan, "1 of 8 losses"),
+        (infinite_gradient, "the gradient"),
+        (overflow, "its square"),
+    ):
+        with pytest.warns(RuntimeWarning, match=f"parameters unchanged: .*{reason}"):
+            optimizer.step(closure)
+        assert_same(problem.snapshot(optimizer), before)
+        assert optimizer.records[-1].step == 0
+        assert reason in optimizer.records[-1].skipped
+
+    def label() -> Tensor:
+        x, _ = problem.batches[2]
+        return F.cross_entropy(problem.model(x), torch.full((8,), 99))
+
+    def empty() -> Tensor:
+        return problem.losses(2)[:0]
+
+    def matrix() -> Tensor:
+        return problem.losses(2).outer(problem.losses(2))
+
+    def no_graph() -> Tensor:
+        return problem.losses(2).detach()
+
+    def backward() -> Tensor:
+        loss = problem.losses(2).mean()
+        torch.autograd.grad(loss, problem.model[0].weight)
+        return loss
+
+    for broken, error, message in (
+        (label, IndexError, "99"),
+        (empty, ValueError, "batch is empty"),
+        (matrix, ValueError, "return a scalar"),
+        (no_graph, ValueError, "no graph"),
+        (backward, ValueError, "without calling backward"),
+        (lambda: None, TypeError, "not a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            optimizer.step(broken)
+        assert_same(problem.snapshot(optimizer), before)
+    with pytest.raises(TypeError, match="needs a closure"):
+        optimizer.step()
+
+    assert optimizer.skipped == 3
+    problem.train(optimizer, range(2, 6))
+    assert optimizer.skipped == 3
+    assert all(torch.isfinite(p).all() for p in problem.params())
+
+
+@every_wrapper
+def test_is_a_torch_optimizer(wrapper: str) -> None:
+    problem = Problem()
+    base = torch.optim.SGD(problem.groups(), lr=0.1)
+    optimizer = WRAPPERS[wrapper](base)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is base.param_groups
+    assert optimizer.state is base.state
+    ell = optimizer.param_groups[0]["lr"]
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    losses = optimizer.step(lambda: problem.losses(0))
+    scheduler.step()
+    assert losses.shape == (8,)
+    assert not losses.requires_grad
+    assert optimizer.param_groups[0]["lr"] == ell / 2
+    assert problem.model[0].weight.grad is not None
+    optimizer.zero_grad()
+    assert problem.model[0].weight.grad is None
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    optimizer.step(lambda: problem.losses(1))
+    assert calls == [1]
+    assert wrapper in repr(optimizer)
+
+
+@every_wrapper
+def test_groups_keep_their_ratios_and_can_be_added(wrapper: str) -> None:
+    a, b, c = (nn.Parameter(torch.ones(1, dtype=F64)) for _ in range(3))
+    base = torch.optim.SGD([{"params": a, "lr": 0.02}, {"params": b, "lr": 0.01}], lr=0.1)
+    optimizer = WRAPPERS[wrapper](base)
+    optimizer.add_param_group({"params": (p for p in [c])})
+    first, second, third = (group["lr"] for group in optimizer.param_groups)
+    assert first == third == 2 * second
+    optimizer.step(lambda: (a + b + c).square().sum())
+    moved = [1 - p.item() for p in (a, b, c)]
+    assert moved[0] == pytest.approx(moved[2])
+    assert moved[0] == pytest.approx(2 * moved[1])
+
+
+@every_wrapper
+def test_frozen_parameters_and_zero_rate(wrapper: str) -> None:
+    a, b = (nn.Parameter(torch.ones(1, dtype=F64)) for _ in range(2))
+    b.requires_grad_(False)
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD([a, b], momentum=0.9))
+    optimizer.step(lambda: (a * b).square().sum())
+    moved = a.item()
+    assert moved != 1
+    assert b.item() == 1
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step(lambda: (a * b).square().sum())
+    assert a.item() == moved
+
+
+@every_wrapper
+def test_pickles(wrapper: str) -> None:
+    problem = Problem()
+    optimizer = WRAPPERS[wrapper](BASES["AdamW"](problem.groups()))
+    problem.train(optimizer, range(2))
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert copied.iteration == 2
+    assert_same(copied.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def test_state_of_another_kind_is_refused() -> None:
+    problem = Problem()
+    rescaled = Rescaled(torch.optim.SGD(problem.groups()))
+    gen = GeN(torch.optim.SGD(problem.groups()))
+    with pytest.raises(ValueError, match="saved by GeN, this is Rescaled"):
+        rescaled.load_state_dict(gen.state_dict())
+    with pytest.raises(ValueError, match="saved by an optimizer that is not wrapped"):
+        rescaled.load_state_dict(torch.optim.SGD(problem.groups()).state_dict())
+
+
+class Sign(torch.optim.SGD):
+    """Its step does not scale with lr."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_((group["lr"] * p.grad).tanh())
+
+
+class Averaged(torch.optim.SGD):
+    """Its step scales with lr, and its state depends on lr."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["average"] = p.clone()
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure: Callable[[], Any]) -> None:  # type: ignore[override]
+        closure()
+
+
+class StepsOthers(torch.optim.SGD):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.own = [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.own:
+            p.sub_(0.0)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (Sign, "not linear in lr"),
+        (Averaged, "not linear in lr"),
+        (NeedsClosure, "cannot step from gradients alone"),
+        (StepsOthers, "steps other tensors"),
+    ],
+)
+@every_wrapper
+def test_other_steps_are_refused_at_the_first(base: type, message: str, wrapper: str) -> None:
+    problem = Problem()
+    optimizer = WRAPPERS[wrapper](base(problem.params()))
+    before = problem.snapshot(optimizer)
+    with pytest.raises(TypeError, match=message):
+        optimizer.step(lambda: problem.losses(0))
+    params, _, state, _ = problem.snapshot(optimizer)
+    assert_same((params, state), (before[0], before[2]))
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "Rprop", "ASGD", "Adafactor", "SparseAdam"])
+@every_wrapper
+def test_torch_optimizers_that_cannot_be_wrapped(name: str, wrapper: str) -> None:
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    with pytest.raises(TypeError, match=f"{name} cannot be wrapped"):
+        WRAPPERS[wrapper](getattr(torch.optim, name)([nn.Parameter(torch.ones(1))]))
+
+
+@every_wrapper
+def test_bad_bases(wrapper: str) -> None:
+    wrap = WRAPPERS[wrapper]
+    p = nn.Parameter(torch.ones(1))
+    with pytest.raises(TypeError, match="base is a list"):
+        wrap([p])
+    with pytest.raises(ValueError, match="negate the loss"):
+        wrap(torch.optim.SGD([p], maximize=True))
+    with pytest.raises(TypeError, match=r"dtype torch\.bfloat16"):
+        wrap(torch.optim.SGD([nn.Parameter(torch.ones(1, dtype=torch.bfloat16))]))
+    base = torch.optim.SGD([p])
+    torch.optim.lr_scheduler.ConstantLR(base)
+    with pytest.raises(ValueError, match="attach it to the wrapper"):
+        wrap(base)
+    optimizer = wrap(torch.optim.SGD([p]))
+    with pytest.raises(ValueError, match="negate the loss"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "maximize": True})
+
+
+@every_wrapper
+def test_records_as_json_lines(wrapper: str, tmp_path: Path) -> None:
+    problem = Problem()
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD(problem.groups()))
+    problem.train(optimizer, range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        optimizer.step(lambda: problem.losses(3) * torch.nan)
+    path = tmp_path / "records.jsonl"
+    optimizer.records.write(path)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    assert {"value", "slope", "curvature", "r", "step", "skipped"} <= set(lines[0])
+    assert lines[1]["slope"] == optimizer.records[1].slope
+    assert lines[2]["skipped"] is None
+    assert "NaN or infinite" in lines[3]["skipped"]
+    assert len(optimizer.records) == 4
