@@ -1,0 +1,178 @@
+"""Train a small convolutional network on 8x8 digits with step sizes that set themselves.
+
+SGD, RMSprop and INNAprop, each at the best of a small grid of learning rates and each rescaled
+by the curvature along its step with nothing tuned. Prints a table and saves a picture.
+
+    python examples/digits.py [--smoke] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler
+
+from optim import INNAprop, Rescaled
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+BATCH = 64
+BASES: dict[str, tuple[Callable[..., Optimizer], list[float]]] = {
+    "SGD": (torch.optim.SGD, [0.03, 0.1, 0.3, 1.0]),
+    "RMSprop": (torch.optim.RMSprop, [1e-3, 3e-3, 1e-2, 3e-2]),
+    "INNAprop": (INNAprop, [1e-3, 3e-3, 1e-2, 3e-2]),
+}
+
+
+@dataclass
+class Run:
+    name: str
+    lr: float | None
+    losses: list[float]
+    steps: list[float]
+    accuracy: float
+    seconds: float
+
+
+def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, labels = load_digits(return_X_y=True)
+    split = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+    x_train, x_test, y_train, y_test = map(torch.as_tensor, split)
+    shape = (-1, 1, 8, 8)
+    return x_train.float().div(16).view(shape), y_train, x_test.float().div(16).view(shape), y_test
+
+
+def make_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 10),
+    )
+
+
+def train(base: str, lr: float | None, epochs: int, data: tuple[Tensor, ...], bar: Progress) -> Run:
+    """One run: plain with a cosine schedule at ``lr``, or rescaled if ``lr`` is None."""
+    x_train, y_train, x_test, y_test = data
+    torch.manual_seed(0)
+    network = make_network()
+    make, _ = BASES[base]
+    batches_per_epoch = len(x_train) // BATCH
+    scheduler: LRScheduler
+    if lr is None:
+        name, optimizer = f"Rescaled({base})", Rescaled(make(network.parameters()), ell=1.0)
+        # The paper's RED: ell from 1 (exploration) to 1/2 (convergence).
+        scheduler = ExponentialLR(optimizer, 0.5 ** (1 / (epochs * batches_per_epoch)))
+    else:
+        name, optimizer = f"{base} {lr:g}", make(network.parameters(), lr=lr)
+        scheduler = CosineAnnealingLR(optimizer, epochs * batches_per_epoch)
+
+    losses, steps, accuracy = [], [], 0.0
+    start = time.perf_counter()
+    task = bar.add_task(name, total=epochs, info="")
+    for _ in range(epochs):
+        total, step_total = 0.0, 0.0
+        for batch in torch.randperm(len(x_train)).split(BATCH)[:batches_per_epoch]:
+            x, y = x_train[batch], y_train[batch]
+            if isinstance(optimizer, Rescaled):
+                closure = lambda x=x, y=y: F.cross_entropy(network(x), y, reduction="none")  # noqa: E731
+                loss = optimizer.step(closure).mean()
+                step_total += optimizer.records[-1].step
+            else:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(network(x), y)
+                loss.backward()
+                optimizer.step()
+                step_total += optimizer.param_groups[0]["lr"]
+            scheduler.step()
+            total += loss.item()
+        losses.append(total / batches_per_epoch)
+        steps.append(step_total / batches_per_epoch)
+        accuracy = evaluate(network, x_test, y_test)
+        info = f"loss {losses[-1]:.1e}  accuracy {accuracy:.1%}  step {steps[-1]:.1e}"
+        bar.update(task, advance=1, info=info)
+    return Run(name, lr, losses, steps, accuracy, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, x: Tensor, y: Tensor) -> float:
+    network.eval()
+    accuracy = (network(x).argmax(1) == y).float().mean().item()
+    network.train()
+    return accuracy
+
+
+def plot(runs: dict[str, list[Run]], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for color, (_, (plain, rescaled)) in zip(("C0", "C1", "C2"), runs.items(), strict=True):
+        for run, style in ((plain, "--"), (rescaled, "-")):
+            epochs = range(1, len(run.losses) + 1)
+            left.semilogy(epochs, run.losses, style, color=color, label=run.name)
+            right.semilogy(epochs, run.steps, style, color=color, label=run.name)
+    left.set(ylabel="training loss (mean of the epoch)")
+    right.set(ylabel="step (mean of the epoch)")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="two epochs and one rate, for CI")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture")
+    args = parser.parse_args()
+    epochs = 2 if args.smoke else 20
+    data = load_data()
+    console = Console()
+    columns = (TextColumn("{task.description:18}"), BarColumn(10), MofNCompleteColumn())
+    runs: dict[str, list[Run]] = {}
+    with Progress(*columns, TextColumn("{task.fields[info]}")) as bar:
+        for base, (_, grid) in BASES.items():
+            rates = grid[1:2] if args.smoke else grid
+            plain = [train(base, lr, epochs, data, bar) for lr in rates]
+            best = min(plain, key=lambda run: run.losses[-1])
+            runs[base] = [best, train(base, None, epochs, data, bar)]
+
+    title = f"8x8 digits, batch {BATCH}, after {epochs} epochs"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for header in ("optimizer", "learning rate", "loss", "accuracy", "seconds"):
+        justify = "left" if header == "optimizer" else "right"
+        table.add_column(header, justify=justify, no_wrap=True)
+    for base, (plain, rescaled) in runs.items():
+        best = f"{plain.lr:g} (best of {len(rates)})"
+        for name, rate, run in ((base, best, plain), (rescaled.name, "none", rescaled)):
+            row = (f"{run.losses[-1]:.1e}", f"{run.accuracy:.1%}", f"{run.seconds:.1f}")
+            table.add_row(name, rate, *row)
+    console.print(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "digits.png"
+    plot(runs, path)
+    console.print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    main()
