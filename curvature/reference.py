@@ -30,9 +30,9 @@ class DoubleBackward:
         self._params = list(params)
         self._weights = torch.full_like(losses, 1 / losses.numel(), requires_grad=True)
         self._gradient = _differentiate(losses, self._params, self._weights, create_graph=True)
-        # Linear in u, each entry requires grad or is zero: else it has lost its graph on the way.
+        # Linear in u, each entry requires grad or is zero, unless it lost its graph on the way.
         if any(g is not None and not g.requires_grad and g.any() for g in self._gradient):
-            raise _refusal("a backward pass cuts its own graph (a custom Function, a sparse tensor)")
+            raise _refusal("a backward pass cuts its own graph (custom Function, sparse tensor)")
 
     def directional(
         self, direction: Sequence[Tensor], *, per_sample: bool
