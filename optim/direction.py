@@ -121,23 +121,23 @@ class Linear:
         return dict(zip(params, d, strict=True))
 
     def _verify(self, ratios: Sequence[float]) -> None:
-        start = _copy_state(self._base)
+        start = copy_state(self._base)
         params = [p for group in self._base.param_groups for p in group["params"]]
         versions = [p._version for p in params]
         try:
             d = self._displacement(ratios, self.RATE)
-            state = _copy_state(self._base)
-            _restore_state(self._base, start)
+            state = copy_state(self._base)
+            restore_state(self._base, start)
             doubled = self._displacement(ratios, 2 * self.RATE)
             linear = all(_close(d[p], doubled[p]) for p in d)
-            linear = linear and _same(state, _copy_state(self._base))
+            linear = linear and _same(state, copy_state(self._base))
         except TypeError as error:
             raise TypeError(
                 f"{type(self._base).__name__} cannot be wrapped: it cannot step from gradients "
                 f"alone: {error}"
             ) from error
         finally:
-            _restore_state(self._base, start)
+            restore_state(self._base, start)
         if versions != [p._version for p in params]:
             raise TypeError(
                 f"{type(self._base).__name__} cannot be wrapped: it steps other tensors than those "
@@ -156,11 +156,13 @@ def _copy_with_grad(p: Tensor) -> Tensor:
     return twin
 
 
-def _copy_state(base: Optimizer) -> dict[Tensor, Any]:
+def copy_state(base: Optimizer) -> dict[Tensor, Any]:
+    """A copy of the optimizer's state that its next steps do not change."""
     return {p: copy.deepcopy(entry) for p, entry in base.state.items()}
 
 
-def _restore_state(base: Optimizer, state: dict[Tensor, Any]) -> None:
+def restore_state(base: Optimizer, state: dict[Tensor, Any]) -> None:
+    """Set the optimizer's state to a copy of ``state``."""
     base.state.clear()
     for p, entry in state.items():
         base.state[p] = copy.deepcopy(entry)

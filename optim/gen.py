@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curvature import NonFiniteLoss, fit
-from optim.wrapper import Choice, Trial, Wrapper
+from optim.wrapper import Choice, Line, Trial, Wrapper
 
 
 class GeN(Wrapper):
@@ -70,16 +70,16 @@ class GeN(Wrapper):
         super().__init__(base, ell=ell)
         self.eta, self.gamma, self.phi = eta, gamma, phi
 
-    def _choose(self, trial: Trial) -> Choice | str:
+    def _choose(self, trial: Trial, line: Line) -> Choice | str:
         curvature = None
-        if self.iteration % self.phi == 0 and trial.squared_norm > 0:
+        if self._refits(trial.iteration) and line.squared_norm > 0:
             try:
                 quadratic = fit(
                     lambda values: _loss_at(trial, values),
                     trial.params,
-                    trial.direction,
+                    line.direction,
                     steps=[-self.eta, self.eta],
-                    value=trial.value,
+                    value=line.value,
                 )
             except NonFiniteLoss:
                 return Choice(r=self.eta, curvature=None)
@@ -87,6 +87,13 @@ class GeN(Wrapper):
             if curvature > 0 and b > 0:
                 self.eta = self.gamma * self.eta + (1 - self.gamma) * b / curvature
         return Choice(r=self.eta, curvature=curvature)
+
+    def _refits(self, iteration: int) -> bool:
+        return iteration % self.phi == 0
+
+    def _may_fail(self, iteration: int) -> bool:
+        # The probes call the user's closure again.
+        return self._refits(iteration)
 
     def _own_state(self) -> dict[str, Any]:
         own = {"eta": self.eta, "gamma": self.gamma, "phi": self.phi}

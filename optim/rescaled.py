@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from optim.wrapper import Choice, Trial, Wrapper
+from optim.wrapper import Choice, Line, Trial, Wrapper
 
 
 class Rescaled(Wrapper):
@@ -61,23 +61,28 @@ class Rescaled(Wrapper):
         self._average = 0.0
         self._count = 0
 
-    def _choose(self, trial: Trial) -> Choice | str:
-        if trial.squared_norm == 0:
+    def _choose(self, trial: Trial, line: Line) -> Choice | str:
+        if line.squared_norm == 0:
             return Choice(r=0.0, curvature=0.0)
-        quadratic = trial.tape.directional(trial.direction, per_sample=trial.per_sample)
+        per_sample = trial.losses.ndim == 1
+        quadratic = trial.tape.directional(line.direction, per_sample=per_sample)
         samples = quadratic.per_sample or quadratic
         curvature = samples.curvature.double().abs().mean().item()
-        c = curvature / trial.squared_norm
+        c = curvature / line.squared_norm
         if not math.isfinite(c):
-            return "the curvature along the direction is not finite"
+            return "the curvature along the direction is NaN or infinite"
         average = self.beta3 * self._average + (1 - self.beta3) * c
         corrected = average / (1 - self.beta3 ** (self._count + 1))
         lipschitz = max(corrected, c)
-        r = math.inf if lipschitz == 0 else 2 * trial.slope / (trial.squared_norm * lipschitz)
+        r = math.inf if lipschitz == 0 else 2 * line.slope / (line.squared_norm * lipschitz)
         if not math.isfinite(r):
             return "no curvature has been seen: the loss is linear along the direction"
         self._average, self._count = average, self._count + 1
         return Choice(r=abs(r), curvature=curvature)
+
+    def _may_fail(self, iteration: int) -> bool:
+        # The first curvature shows whether the model can be differentiated twice.
+        return self._count == 0
 
     def _own_state(self) -> dict[str, Any]:
         own = {"beta3": self.beta3, "average": self._average, "count": self._count}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +15,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curvature import SideEffects, Tape
-from optim.direction import proposer
+from optim.direction import copy_state, proposer, restore_state
 from optim.record import Records, StepRecord
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is known at one step when its length is to be chosen."""
+    """One evaluation of the loss, as the closure gave it."""
 
+    iteration: int
     tape: Tape
     closure: Callable[[], Tensor]
     effects: SideEffects
     params: list[Tensor]
+    losses: Tensor
+
+
+@dataclass(frozen=True)
+class Line:
+    """The direction d of one step, the mean loss, <d, g> and ‖d‖²."""
+
     direction: list[Tensor]
-    per_sample: bool
     value: float
     slope: float
     squared_norm: float
@@ -105,7 +113,8 @@ class Wrapper(Optimizer):
 
         If a loss or gradient is NaN or infinite, parameters, buffers, optimizer state and random
         state stay as before; the step is counted in ``skipped``, recorded, and warned of. If the
-        closure raises, likewise, and the exception goes on to the caller.
+        closure raises, likewise, and the exception goes on to the caller. A step can also be
+        skipped after the base has advanced, where the wrapper finds no length for it.
 
         Raises:
             TypeError, ValueError: no closure, or it returned no usable loss.
@@ -116,48 +125,68 @@ class Wrapper(Optimizer):
                 "one per sample, without calling backward"
             )
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        ell = max(float(group["lr"]) for group in self.param_groups)
+        iteration = self.iteration + 1
         with SideEffects() as effects:
             with Tape() as tape:
                 losses = closure()
             grads = _gradient(tape, losses, params)
-            self.iteration += 1
+            losses = losses.detach()
             if isinstance(grads, str):
-                return self._skip(losses.detach(), StepRecord(self.iteration, skipped=grads))
-            effects.keep()
-        losses = losses.detach()
-        value = losses.double().mean().item()
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.param_groups]
-        proposed = self._proposer.propose(ratios)
-        direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in params]
-        slope = sum(
-            (d * g).sum(dtype=torch.float64).item()
-            for d, g in zip(direction, grads, strict=True)
-            if g is not None
-        )
-        squared_norm = sum(d.double().square().sum().item() for d in direction)
-        if not math.isfinite(slope) or not math.isfinite(squared_norm):
-            record = StepRecord(self.iteration, value, skipped="the base's direction is not finite")
-            return self._skip(losses, record)
-        trial = Trial(
-            tape, closure, effects, params, direction, losses.ndim == 1, value, slope, squared_norm
-        )
-        choice = self._choose(trial)
-        if isinstance(choice, str):
-            record = StepRecord(self.iteration, value, slope, skipped=choice)
-            return self._skip(losses, record)
-        step = min(ell * choice.r, self._proposer.limit(ratios))
-        self._proposer.move(step)
-        self.records.append(
-            StepRecord(self.iteration, value, slope, choice.curvature, choice.r, step)
-        )
+                record = StepRecord(iteration, skipped=grads)
+            else:
+                trial = Trial(iteration, tape, closure, effects, params, losses)
+                with self._undone_if_it_fails(trial):
+                    record = self._advance(trial, grads)
+                effects.keep()
+        self.iteration = iteration
+        self.records.append(record)
+        if record.skipped is not None:
+            self.skipped += 1
+            message = f"step {iteration} skipped, parameters unchanged: {record.skipped}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
         return losses
 
+    def _advance(self, trial: Trial, grads: list[Tensor | None]) -> StepRecord:
+        """Ask the base for a direction and go along it as far as the choice says."""
+        for p, g in zip(trial.params, grads, strict=True):
+            p.grad = g
+        ell = max(float(group["lr"]) for group in self.param_groups)
+        ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.param_groups]
+        proposed = self._proposer.propose(ratios)
+        direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in trial.params]
+        value = trial.losses.double().mean().item()
+        slope = _inner(direction, grads)
+        line = Line(direction, value, slope, squared_norm=_inner(direction, direction))
+        if not math.isfinite(slope) or not math.isfinite(line.squared_norm):
+            reason = "the direction of the base optimizer is NaN or infinite"
+            return StepRecord(trial.iteration, value, skipped=reason)
+        choice = self._choose(trial, line)
+        if isinstance(choice, str):
+            return StepRecord(trial.iteration, value, slope, skipped=choice)
+        step = min(ell * choice.r, self._proposer.limit(ratios))
+        self._proposer.move(step)
+        return StepRecord(trial.iteration, value, slope, choice.curvature, choice.r, step)
+
     @abstractmethod
-    def _choose(self, trial: Trial) -> Choice | str:
+    def _choose(self, trial: Trial, line: Line) -> Choice | str:
         """The factor r for this step, or why the parameters must stay where they are."""
+
+    @abstractmethod
+    def _may_fail(self, iteration: int) -> bool:
+        """Whether choosing this step runs what has not run before, so that it may raise."""
+
+    @contextmanager
+    def _undone_if_it_fails(self, trial: Trial) -> Iterator[None]:
+        grads = [p.grad for p in trial.params]
+        state = copy_state(self.base) if self._may_fail(trial.iteration) else None
+        try:
+            yield
+        except BaseException:
+            for p, g in zip(trial.params, grads, strict=True):
+                p.grad = g
+            if state is not None:
+                restore_state(self.base, state)
+            raise
 
     def _own_state(self) -> dict[str, Any]:
         return {"iteration": self.iteration, "skipped": self.skipped}
@@ -191,15 +220,14 @@ class Wrapper(Optimizer):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
 
-    def _skip(self, losses: Tensor, record: StepRecord) -> Tensor:
-        self.skipped += 1
-        self.records.append(record)
-        warnings.warn(
-            f"step {record.iteration} skipped, parameters unchanged: {record.skipped}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return losses
+
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
+    """<left, right> in float64; None is zero."""
+    return sum(
+        (a.double() * b.double()).sum().item()
+        for a, b in zip(left, right, strict=True)
+        if b is not None
+    )
 
 
 def _gradient(tape: Tape, losses: Any, params: list[Tensor]) -> list[Tensor | None] | str:

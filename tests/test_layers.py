@@ -193,7 +193,7 @@ def test_recurrent(name: str) -> None:
 def test_embedding() -> None:
     indices = torch.tensor([[0, 3, 3], [1, 0, 2]])
     check_module(nn.Embedding(5, 4, padding_idx=4), indices)
-    with pytest.raises(NotTwiceDifferentiable, match="_embedding_bag_backward"):
+    with pytest.raises(NotTwiceDifferentiable, match=r"_embedding_bag_.*backward"):
         check_module(nn.EmbeddingBag(5, 4, mode="mean"), indices)
 
 

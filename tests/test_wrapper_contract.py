@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from curvature import NotTwiceDifferentiable
 from optim import INNA, GeN, INNAprop, Rescaled
 
 F64 = torch.float64
@@ -204,6 +205,17 @@ def test_faults_change_nothing_and_training_goes_on(base: str, wrapper: str) -> 
     problem.train(optimizer, range(2, 6))
     assert optimizer.skipped == 3
     assert all(torch.isfinite(p).all() for p in problem.params())
+
+
+def test_a_model_without_second_derivative_is_refused_and_unchanged() -> None:
+    problem = Problem()
+    optimizer = Rescaled(torch.optim.Adam(problem.groups()))
+    before = problem.snapshot(optimizer)
+    with pytest.raises(NotTwiceDifferentiable, match="hardsigmoid"):
+        optimizer.step(lambda: F.hardsigmoid(problem.losses(0)))
+    assert_same(problem.snapshot(optimizer), before)
+    assert all(p.grad is None for p in problem.params())
+    assert optimizer.iteration == 0
 
 
 @every_wrapper
