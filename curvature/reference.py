@@ -14,7 +14,11 @@ from torch import Tensor
 from curvature.differentiable import obstacle
 from curvature.errors import NotTwiceDifferentiable
 
-_NO_SECOND_DERIVATIVE = ("is not implemented", "double backward")
+_NO_SECOND_DERIVATIVE = (
+    "is not implemented",
+    "double backward",
+    "don't support automatic differentiation",  # a backward pass that writes with out=
+)
 
 
 class DoubleBackward:
