@@ -18,7 +18,7 @@ class RandomState:
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
         self._numpy: Any = np.random.get_state()
         self._python = random.getstate()
 
@@ -28,6 +28,11 @@ class RandomState:
             torch.cuda.set_rng_state_all(self._cuda)
         np.random.set_state(self._numpy)
         random.setstate(self._python)
+
+
+def _cuda_in_use() -> bool:
+    # Asking every device for its generator would create a context on each.
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class SideEffects:
