@@ -24,6 +24,17 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def derivative_mode(device: torch.device) -> Iterator[None]:
+    """Inside, derivatives are built and keep their precision, whatever surrounds the caller.
+
+    Under ``no_grad`` the gradient would have no graph, and its derivative be taken for zero;
+    under ``autocast`` the products of the derivatives would be rounded to half precision.
+    """
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def obstacle(tensors: Sequence[Tensor | None]) -> str | None:
     """Why a derivative of ``tensors`` would be wrong without an error, or ``None``."""
     recorded = _names(tensors)

@@ -7,11 +7,12 @@ layer, batch and instance normalisation. Double backward is right wherever PyTor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from curvature.differentiable import obstacle
+from curvature.differentiable import derivative_mode, obstacle
 from curvature.errors import NotTwiceDifferentiable
 
 _NO_SECOND_DERIVATIVE = (
@@ -32,8 +33,10 @@ class DoubleBackward:
 
     def __init__(self, losses: Tensor, params: Sequence[Tensor]) -> None:
         self._params = list(params)
-        self._weights = torch.full_like(losses, 1 / losses.numel(), requires_grad=True)
-        self._gradient = _differentiate(losses, self._params, self._weights, create_graph=True)
+        self._mode = partial(derivative_mode, losses.device)
+        with self._mode():
+            self._weights = torch.full_like(losses, 1 / losses.numel(), requires_grad=True)
+            self._gradient = _differentiate(losses, self._params, self._weights, create_graph=True)
         # Linear in u, each entry requires grad or is zero, unless it lost its graph on the way.
         if any(g is not None and not g.requires_grad and g.any() for g in self._gradient):
             raise _refusal("a backward pass cuts its own graph (custom Function, sparse tensor)")
@@ -42,22 +45,19 @@ class DoubleBackward:
         self, direction: Sequence[Tensor], *, per_sample: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Slope and curvature of the mean loss, then of each sample's if asked."""
-        slope = _inner(self._gradient, direction, like=self._weights)
-        hessian_vector = self._second(slope, create_graph=per_sample)
-        curvature = _inner(hessian_vector, direction, like=self._weights)
-        if not per_sample:
-            return slope.detach(), curvature.detach(), None, None
-        return (
-            slope.detach(),
-            curvature.detach(),
-            self._split(slope),
-            self._split(curvature),
-        )
+        with self._mode():
+            slope = _inner(self._gradient, direction, like=self._weights)
+            hessian_vector = self._second(slope, create_graph=per_sample)
+            curvature = _inner(hessian_vector, direction, like=self._weights)
+            slopes = self._split(slope) if per_sample else None
+            curvatures = self._split(curvature) if per_sample else None
+        return slope.detach(), curvature.detach(), slopes, curvatures
 
     def hvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """H v of the mean loss."""
-        slope = _inner(self._gradient, vector, like=self._weights)
-        product = self._second(slope, create_graph=False)
+        with self._mode():
+            slope = _inner(self._gradient, vector, like=self._weights)
+            product = self._second(slope, create_graph=False)
         return [
             torch.zeros_like(p) if h is None else h
             for h, p in zip(product, self._params, strict=True)

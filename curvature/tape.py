@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.differentiable import twice_differentiable
+from curvature.differentiable import derivative_mode, twice_differentiable
 from curvature.errors import NonFiniteLoss
 from curvature.losses import check_losses, describe_non_finite, is_finite
 from curvature.quadratic import Quadratic
@@ -49,6 +49,8 @@ class Tape:
     def __enter__(self) -> Tape:
         if self._recorded:
             raise RuntimeError("a Tape records one forward pass; make a new one for the next")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("inference_mode records no graph; leave it to compute curvature")
         self._recorded = True
         self._stack = ExitStack()
         self._stack.enter_context(torch.enable_grad())
@@ -151,9 +153,10 @@ class Tape:
 def _gradient(losses: Tensor, params: list[Tensor]) -> list[Any]:
     weights = torch.full_like(losses, 1 / losses.numel())
     try:
-        return list(
-            torch.autograd.grad(losses, params, weights, retain_graph=True, allow_unused=True)
-        )
+        with derivative_mode(losses.device):
+            return list(
+                torch.autograd.grad(losses, params, weights, retain_graph=True, allow_unused=True)
+            )
     except RuntimeError as error:
         if "backward through the graph a second time" not in str(error):
             raise

@@ -99,6 +99,8 @@ def _check_leaf(name: str, leaf: Any) -> None:
         )
     if leaf.layout != torch.strided:
         raise TypeError(f"{name} has layout {leaf.layout}; only dense tensors can be used")
+    if leaf.is_meta:
+        raise TypeError(f"{name} is on the meta device, which holds no numbers; materialise it")
 
 
 def _check_pair(name: str, leaf: Any, param: Tensor) -> None:

@@ -64,6 +64,8 @@ class Wrapper(Optimizer):
     """
 
     def __init__(self, base: Optimizer, *, ell: float) -> None:
+        if isinstance(base, Wrapper):
+            raise TypeError(f"base is a {type(base).__name__}, which already chooses the step")
         self._proposer = proposer(base)
         self.base = base
         if not ell > 0 or not math.isfinite(ell):

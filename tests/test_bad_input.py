@@ -50,6 +50,7 @@ CASES: dict[str, tuple[Callable, Any, Any, type[Exception], str]] = {
     "half params": (square, X.half(), V.half(), TypeError, "params has dtype torch.float16"),
     "complex params": (square, X + 0j, V + 0j, TypeError, "complex64.*real and imaginary"),
     "sparse params": (square, X.to_sparse(), V, TypeError, "layout torch.sparse_coo"),
+    "meta params": (square, X.to("meta"), V.to("meta"), TypeError, "on the meta device"),
     "params no tensor": (square_tree, {"a": 1.0}, {"a": V}, TypeError, r"params\['a'\] is a float"),
     "no params": (square_tree, {}, {}, ValueError, "params holds no tensor"),
     "iterator": (square, iter([X]), [V], TypeError, r"dict\(model.named_parameters\(\)\)"),
@@ -107,6 +108,12 @@ def test_unknown_engine() -> None:
 def test_per_sample_of_a_scalar() -> None:
     with pytest.raises(ValueError, match='reduction="none"'):
         directional(square, X, V, per_sample=True)
+
+
+@pytest.mark.parametrize("verb", [directional, hvp], ids=["directional", "hvp"])
+def test_inference_mode(verb: Callable) -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="leave it to compute"):
+        verb(square, X, V)
 
 
 def test_tape_is_used_in_order() -> None:

@@ -77,6 +77,28 @@ def test_linear_loss_has_no_curvature() -> None:
     assert torch.equal(hvp(lambda x: 3 * x, torch.ones(4), torch.ones(4)), torch.zeros(4))
 
 
+@pytest.mark.parametrize(
+    "surroundings",
+    [torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)],
+    ids=["no_grad", "autocast"],
+)
+def test_surroundings_do_not_change_the_numbers(surroundings) -> None:  # type: ignore[no-untyped-def]
+    A, x, v = (t.float() for t in random_quadratic(8, 0))
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return (x @ A).sin() * (A @ x)
+
+    exact = directional(func, x, v, per_sample=True)
+    with surroundings:
+        q = directional(func, x, v, per_sample=True)
+        product = hvp(func, x, v)
+    assert torch.equal(q.curvature, exact.curvature)
+    assert torch.equal(q.per_sample.curvature, exact.per_sample.curvature)
+    assert torch.equal(product, hvp(func, x, v))
+    assert exact.curvature != 0
+
+
 def test_zero_gradient_is_no_refusal() -> None:
     q = directional(lambda x: x.sign() * 2, torch.ones(4), torch.ones(4))
     assert q.slope == q.curvature == 0

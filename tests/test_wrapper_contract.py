@@ -364,6 +364,8 @@ def test_bad_bases(wrapper: str) -> None:
     p = nn.Parameter(torch.ones(1))
     with pytest.raises(TypeError, match="base is a list"):
         wrap([p])
+    with pytest.raises(TypeError, match="base is a Rescaled, which already chooses"):
+        wrap(Rescaled(torch.optim.SGD([p])))
     with pytest.raises(ValueError, match="negate the loss"):
         wrap(torch.optim.SGD([p], maximize=True))
     with pytest.raises(TypeError, match=r"dtype torch\.bfloat16"):
