@@ -72,7 +72,7 @@ class DoubleBackward:
         parts: Tensor | None = None
         if weighted_sum.requires_grad:
             (parts,) = _differentiate(weighted_sum, [self._weights], None, create_graph=False)
-        return torch.zeros_like(self._weights).detach() if parts is None else parts
+        return torch.zeros_like(self._weights) if parts is None else parts
 
 
 def _differentiate(

@@ -95,12 +95,15 @@ class Wrapper(Optimizer):
         return self.base.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; its lr is ell too."""
+        """Add a group to the base optimizer; its lr, if given, is its ell."""
         group = dict(param_group)
         params = group["params"]
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         _check_group({**self.defaults, **group})
-        self.base.add_param_group(group)
+        # A base may have bounds for its own lr, which ell need not meet.
+        ell = group.pop("lr", self.defaults["lr"])
+        self.base.add_param_group({**group, "lr": 0.0})
+        self.param_groups[-1]["lr"] = ell
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], Tensor] | None = None

@@ -244,10 +244,11 @@ def test_is_a_torch_optimizer(wrapper: str) -> None:
 
 
 @every_wrapper
-def test_groups_keep_their_ratios_and_can_be_added(wrapper: str) -> None:
+@pytest.mark.parametrize("base", [torch.optim.SGD, INNA])
+def test_groups_keep_their_ratios_and_can_be_added(base: type, wrapper: str) -> None:
     a, b, c = (nn.Parameter(torch.ones(1, dtype=F64)) for _ in range(3))
-    base = torch.optim.SGD([{"params": a, "lr": 0.02}, {"params": b, "lr": 0.01}], lr=0.1)
-    optimizer = WRAPPERS[wrapper](base)
+    groups = [{"params": a, "lr": 0.02}, {"params": b, "lr": 0.01}]
+    optimizer = WRAPPERS[wrapper](base(groups, lr=0.05))
     optimizer.add_param_group({"params": (p for p in [c])})
     first, second, third = (group["lr"] for group in optimizer.param_groups)
     assert first == third == 2 * second
