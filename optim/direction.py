@@ -62,10 +62,10 @@ class Linear:
     """The direction of an optimizer whose step is linear in ``group["lr"]``.
 
     The optimizer steps copies of the parameters once with a large lr: d is the displacement
-    over that lr. A large lr keeps all digits of d, where theta - lr d with a small
-    one would round them away against theta. At the first proposal the step is
-    taken at two rates from the same state, and refused if the displacements are not
-    proportional or the states differ.
+    over that lr. A large lr keeps all digits of d, where theta - lr d with a small one would
+    round them away against theta. At the first proposal that moves, the step is taken at two
+    rates from the same state, and refused if the displacements are not proportional or the
+    states differ.
     """
 
     RATE = 2.0**20
@@ -78,8 +78,7 @@ class Linear:
     @torch.no_grad()
     def propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
         if not self._verified:
-            self._verify(ratios)
-            self._verified = True
+            self._verified = self._verify(ratios)
         self._direction = self._displacement(ratios, self.RATE)
         return self._direction
 
@@ -120,7 +119,8 @@ class Linear:
         torch._foreach_div_(d, rate)
         return dict(zip(params, d, strict=True))
 
-    def _verify(self, ratios: Sequence[float]) -> None:
+    def _verify(self, ratios: Sequence[float]) -> bool:
+        """Refuse a step that is not linear in lr; false if there was no step to tell from."""
         start = copy_state(self._base)
         params = [p for group in self._base.param_groups for p in group["params"]]
         versions = [p._version for p in params]
@@ -148,6 +148,7 @@ class Linear:
                 f"{type(self._base).__name__} cannot be wrapped: its step is not linear in lr; "
                 "give it methods propose, move and limit, as optim.direction.Proposer describes"
             )
+        return any(bool(x.any()) for x in d.values())
 
 
 def _copy_with_grad(p: Tensor) -> Tensor:

@@ -350,6 +350,15 @@ def test_other_steps_are_refused_at_the_first(base: type, message: str, wrapper:
     assert_same((params, state), (before[0], before[2]))
 
 
+@every_wrapper
+def test_a_first_gradient_of_zero_proves_nothing(wrapper: str) -> None:
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = WRAPPERS[wrapper](Sign([p]))
+    optimizer.step(lambda: p.square().sum())
+    with pytest.raises(TypeError, match="not linear in lr"):
+        optimizer.step(lambda: (p - 1).square().sum())
+
+
 NOT_LINEAR = ["LBFGS", "Rprop", "ASGD", "SparseAdam"]
 NOT_LINEAR += ["Adafactor"] if hasattr(torch.optim, "Adafactor") else []
 
