@@ -93,7 +93,7 @@ class Tape:
                 "the loss does not depend on any tensor of params; a function of params must use "
                 "the tensors it is given (see curvature.Objective or torch.func.functional_call)"
             )
-        self._losses, self._params = losses, flat
+        self._losses, self._params, self._reference = losses, flat, None
         return flat.rebuild(gradient)
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:

@@ -171,6 +171,16 @@ def test_tape_answers_for_several_directions() -> None:
         torch.testing.assert_close(tape.hvp([v])[0], A @ v)
 
 
+def test_tape_forgets_the_loss_of_an_earlier_backward() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with Tape() as tape:
+        one = x.square().sum()
+        ten = 10 * one
+    for loss, exact in ((one, 4), (ten, 40)):
+        tape.backward(loss, [x])
+        assert tape.directional([torch.ones(2)]).curvature == exact
+
+
 def test_tape_gives_none_for_an_unused_parameter() -> None:
     x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     with Tape() as tape:
