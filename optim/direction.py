@@ -63,12 +63,12 @@ class Linear:
 
     The optimizer steps copies of the parameters once with a large lr: d is the displacement
     over that lr. A large lr keeps all digits of d, where theta - lr d with a small one would
-    round them away against theta. At the first proposal that moves, the step is taken at two
-    rates from the same state, and refused if the displacements are not proportional or the
-    states differ.
+    round them away against theta. At the first proposal that moves, the step is taken from the
+    same state at two large rates and at rate 0, and refused if the displacements are not
+    proportional, if rate 0 moves, or if the states differ.
     """
 
-    RATE = 2.0**20
+    RATE = 2.0**60
 
     def __init__(self, base: Optimizer) -> None:
         self._base = base
@@ -116,7 +116,8 @@ class Linear:
         if not params:
             return {}
         d = list(torch._foreach_sub(params, list(copies.values())))
-        torch._foreach_div_(d, rate)
+        if rate != 0:
+            torch._foreach_div_(d, rate)
         return dict(zip(params, d, strict=True))
 
     def _verify(self, ratios: Sequence[float]) -> bool:
@@ -124,12 +125,15 @@ class Linear:
         start = copy_state(self._base)
         params = [p for group in self._base.param_groups for p in group["params"]]
         versions = [p._version for p in params]
+        values = [p.detach().clone() for p in params]
         try:
+            at_rest = self._displacement(ratios, 0.0)
+            restore_state(self._base, start)
             d = self._displacement(ratios, self.RATE)
             state = copy_state(self._base)
             restore_state(self._base, start)
             doubled = self._displacement(ratios, 2 * self.RATE)
-            linear = all(_close(d[p], doubled[p]) for p in d)
+            linear = all(_close(d[p], doubled[p]) and not at_rest[p].any() for p in d)
             linear = linear and _same(state, copy_state(self._base))
         except TypeError as error:
             raise TypeError(
@@ -139,9 +143,11 @@ class Linear:
         finally:
             restore_state(self._base, start)
         if versions != [p._version for p in params]:
+            for p, value in zip(params, values, strict=True):
+                p.copy_(value)
             raise TypeError(
                 f"{type(self._base).__name__} cannot be wrapped: it steps other tensors than those "
-                "in its param_groups; the parameters have moved by that step"
+                "in its param_groups"
             )
         if not linear:
             raise TypeError(

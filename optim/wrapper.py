@@ -169,6 +169,12 @@ class Wrapper(Optimizer):
         if isinstance(choice, str):
             return StepRecord(trial.iteration, value, slope, skipped=choice)
         step = min(ell * choice.r, self._proposer.limit(ratios))
+        largest = min(torch.finfo(d.dtype).max for d in direction)
+        if not abs(step) * max(1.0, math.sqrt(line.squared_norm)) < largest:
+            reason = f"a step of {step:.1e} overflows the parameters' dtype"
+            return StepRecord(
+                trial.iteration, value, slope, choice.curvature, choice.r, 0.0, reason
+            )
         self._proposer.move(step)
         return StepRecord(trial.iteration, value, slope, choice.curvature, choice.r, step)
 

@@ -314,6 +314,18 @@ class Averaged(torch.optim.SGD):
                 self.state[p]["average"] = p.clone()
 
 
+class FixedDecay(torch.optim.SGD):
+    """A part of its step does not scale with lr."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(0.9)
+        super().step()
+
+
 class NeedsClosure(torch.optim.SGD):
     def step(self, closure: Callable[[], Any]) -> None:  # type: ignore[override]
         closure()
@@ -327,7 +339,8 @@ class StepsOthers(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p in self.own:
-            p.sub_(0.0)
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
 
 
 @pytest.mark.parametrize(
@@ -335,6 +348,7 @@ class StepsOthers(torch.optim.SGD):
     [
         (Sign, "not linear in lr"),
         (Averaged, "not linear in lr"),
+        (FixedDecay, "not linear in lr"),
         (NeedsClosure, "cannot step from gradients alone"),
         (StepsOthers, "steps other tensors"),
     ],
@@ -348,6 +362,24 @@ def test_other_steps_are_refused_at_the_first(base: type, message: str, wrapper:
         optimizer.step(lambda: problem.losses(0))
     params, _, state, _ = problem.snapshot(optimizer)
     assert_same((params, state), (before[0], before[2]))
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-12, 1e-14])
+def test_small_gradients_keep_their_digits(size: float) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Rescaled(torch.optim.SGD([p]), ell=0.5)
+    optimizer.step(lambda: size * (p - 3).square().sum())
+    torch.testing.assert_close(p.detach(), torch.full((3,), 3.0))
+
+
+def test_a_step_beyond_the_parameters_dtype_is_skipped() -> None:
+    p = nn.Parameter(torch.ones(1))
+    optimizer = Rescaled(torch.optim.SGD([p]))
+    with pytest.warns(RuntimeWarning, match="overflows"):
+        optimizer.step(lambda: (p + 1e-41 * p**2).sum())
+    assert p.item() == 1
+    optimizer.step(lambda: (p - 3).square().sum())
+    assert p.item() == pytest.approx(3)
 
 
 @every_wrapper
