@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 
@@ -55,11 +58,15 @@ class SideEffects:
     def __init__(self) -> None:
         self._seen: dict[int, nn.Module] = {}
         self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
+        self._rebound: dict[tuple[int, str], Tensor | None] = {}
         self._kept = False
 
     def __enter__(self) -> SideEffects:
         self.random = RandomState()
-        self._hook: RemovableHandle = register_module_forward_pre_hook(self._save)
+        self._hooks: list[RemovableHandle] = [
+            register_module_forward_pre_hook(self._save),
+            register_module_forward_hook(self._note_rebound, always_call=True),
+        ]
         return self
 
     def __exit__(
@@ -68,12 +75,14 @@ class SideEffects:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if kind is not None or not self._kept:
             self._restore_buffers()
             self.random.restore()
         self._seen.clear()
         self._buffers.clear()
+        self._rebound.clear()
 
     def keep(self) -> None:
         """Let the effects stand at the end of the block, if it ends without an exception."""
@@ -90,10 +99,18 @@ class SideEffects:
                 copy = None if buffer is None else buffer.detach().clone()
                 self._buffers.append((child, name, buffer, copy))
 
+    def _note_rebound(self, module: nn.Module, *_: Any) -> None:
+        for name, buffer in module._buffers.items():
+            self._rebound[id(module), name] = buffer
+
     @torch.no_grad()
     def _restore_buffers(self) -> None:
         for module, name, buffer, copy in self._buffers:
-            module._buffers[name] = buffer
+            # A slot that holds neither may have been swapped by functional_call, which put its
+            # own tensor there for the call and the module's back after it.
+            last = self._rebound.get((id(module), name), buffer)
+            if module._buffers.get(name) is last:
+                module._buffers[name] = buffer
             # An unchanged buffer is not written: a write would invalidate graphs that saved it.
             if buffer is not None and copy is not None and not torch.equal(buffer, copy):
                 buffer.copy_(copy)

@@ -184,6 +184,18 @@ def test_side_effects_restore_a_buffer_that_was_rebound() -> None:
     assert counter.count == 0
 
 
+def test_side_effects_leave_the_buffers_that_functional_call_swapped_out() -> None:
+    norm = nn.BatchNorm1d(2)
+    own = dict(norm.named_buffers())
+    given = {name: torch.full_like(b, 7) for name, b in own.items()}
+    with SideEffects():
+        torch.func.functional_call(norm, given, (torch.randn(4, 2),))
+    for name, buffer in norm.named_buffers():
+        assert buffer is own[name]
+        assert (buffer == (1 if name == "running_var" else 0)).all()
+        assert (given[name] == 7).all()
+
+
 def test_side_effects_do_not_invalidate_a_graph() -> None:
     norm = nn.BatchNorm1d(2).eval()
     x = torch.randn(4, 2, requires_grad=True)
