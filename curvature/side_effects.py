@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 from torch.utils.hooks import RemovableHandle
 
+_NEW = object()  # stands for the content of a buffer before it was registered
+
 
 class RandomState:
-    """The state of the global random generators of torch (CPU and CUDA), numpy and Python."""
+    """The state of the global random generators of torch (CPU and CUDA), numpy and Python.
+
+    Example:
+        >>> import torch
+        >>> state = RandomState()
+        >>> first = torch.rand(1)
+        >>> state.restore()
+        >>> bool(torch.rand(1) == first)
+        True
+    """
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
@@ -26,6 +39,10 @@ class RandomState:
         self._python = random.getstate()
 
     def restore(self) -> None:
+        """Set the generators back; the state can be restored again.
+
+        Example: see :class:`RandomState`.
+        """
         torch.set_rng_state(self._cpu)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
@@ -44,7 +61,8 @@ class SideEffects:
     Inside the block every ``torch.nn.Module`` that is called has its buffers (batch-norm
     statistics, spectral-norm vectors) copied before its forward runs. On exit the generators
     and the buffers are restored, also when the block raises; :meth:`keep` lets them stand.
-    Not seen: generator objects of your own, and tensors that no called module holds as buffer.
+    Not seen: generator objects of your own, tensors that no called module holds as buffer, and
+    buffers inside ``torch.func`` transforms.
 
     Example:
         >>> import torch
@@ -56,16 +74,17 @@ class SideEffects:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, nn.Module] = {}
-        self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
-        self._rebound: dict[tuple[int, str], Tensor | None] = {}
+        self._contents: dict[int, tuple[Tensor, Tensor]] = {}
+        self._before_call: dict[tuple[nn.Module, str], Tensor | None] = {}
+        self._rebound: dict[tuple[nn.Module, str, int], tuple[Tensor | None, Any]] = {}
+        self._depth = 0
         self._kept = False
 
     def __enter__(self) -> SideEffects:
         self.random = RandomState()
         self._hooks: list[RemovableHandle] = [
-            register_module_forward_pre_hook(self._save),
-            register_module_forward_hook(self._note_rebound, always_call=True),
+            register_module_forward_pre_hook(self._before),
+            register_module_forward_hook(self._after, always_call=True),
         ]
         return self
 
@@ -80,37 +99,59 @@ class SideEffects:
         if kind is not None or not self._kept:
             self._restore_buffers()
             self.random.restore()
-        self._seen.clear()
-        self._buffers.clear()
+        self._contents.clear()
+        self._before_call.clear()
         self._rebound.clear()
 
     def keep(self) -> None:
-        """Let the effects stand at the end of the block, if it ends without an exception."""
+        """Let the effects stand at the end of the block, if it ends without an exception.
+
+        Example:
+            >>> import torch
+            >>> norm = torch.nn.BatchNorm1d(2)
+            >>> with SideEffects() as effects:
+            ...     _ = norm(torch.randn(8, 2))
+            ...     effects.keep()
+            >>> norm.num_batches_tracked
+            tensor(1)
+        """
         self._kept = True
 
-    def _save(self, module: nn.Module, _: Any) -> None:
-        if id(module) in self._seen:
-            return
-        for child in module.modules():
-            if id(child) in self._seen:
-                continue
-            self._seen[id(child)] = child
-            for name, buffer in child._buffers.items():
-                copy = None if buffer is None else buffer.detach().clone()
-                self._buffers.append((child, name, buffer, copy))
+    def _before(self, module: nn.Module, _: Any) -> None:
+        if self._depth == 0:
+            self._before_call = dict(_buffers(module))
+            for buffer in self._before_call.values():
+                if buffer is None or id(buffer) in self._contents:
+                    continue
+                if not is_functorch_wrapped_tensor(buffer):
+                    self._contents[id(buffer)] = buffer, buffer.detach().clone()
+        self._depth += 1
 
-    def _note_rebound(self, module: nn.Module, *_: Any) -> None:
-        for name, buffer in module._buffers.items():
-            self._rebound[id(module), name] = buffer
+    def _after(self, module: nn.Module, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            for slot, buffer in _buffers(module):
+                before = self._before_call.get(slot, _NEW)
+                if buffer is not before:
+                    first = self._rebound.get((*slot, id(before)), (before, before))[1]
+                    self._rebound[(*slot, id(buffer))] = buffer, first
 
     @torch.no_grad()
     def _restore_buffers(self) -> None:
-        for module, name, buffer, copy in self._buffers:
-            # A slot that holds neither may have been swapped by functional_call, which put its
-            # own tensor there for the call and the module's back after it.
-            last = self._rebound.get((id(module), name), buffer)
-            if module._buffers.get(name) is last:
-                module._buffers[name] = buffer
+        for (module, name, _), (buffer, first) in self._rebound.items():
+            # functional_call lends its own tensors for a call: then the slot holds another again.
+            if module._buffers.get(name, _NEW) is buffer:
+                if first is _NEW:
+                    delattr(module, name)
+                else:
+                    module._buffers[name] = first
+        for buffer, copy in self._contents.values():
             # An unchanged buffer is not written: a write would invalidate graphs that saved it.
-            if buffer is not None and copy is not None and not torch.equal(buffer, copy):
+            if not torch.equal(buffer, copy):
                 buffer.copy_(copy)
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            yield (child, name), buffer

@@ -196,6 +196,63 @@ def test_side_effects_leave_the_buffers_that_functional_call_swapped_out() -> No
         assert (given[name] == 7).all()
 
 
+def test_side_effects_see_a_module_both_with_lent_and_with_its_own_buffers() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rebound", torch.zeros(()))
+            self.register_buffer("written", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.rebound = self.rebound + 1
+            self.written += 1
+            return x
+
+    counter, x = Counter(), torch.ones(1)
+    own = dict(counter.named_buffers())
+    lent = {"rebound": torch.tensor(7.0), "written": torch.tensor(7.0)}
+    with SideEffects():
+        counter(x)
+        torch.func.functional_call(counter, dict(lent), x)
+        counter(x)
+        assert counter.rebound == counter.written == 2
+    for name, buffer in counter.named_buffers():
+        assert buffer is own[name]
+        assert buffer == 0
+        assert lent[name] == 7
+
+
+def test_side_effects_remove_a_buffer_that_was_registered_in_the_block() -> None:
+    class Cache(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.register_buffer("cache", x.clone())
+            return x
+
+    model = nn.Sequential(Cache())
+    with pytest.raises(KeyError), SideEffects():  # noqa: PT012
+        model(torch.ones(1))
+        model(torch.zeros(1))
+        raise KeyError
+    assert not list(model.named_buffers())
+
+
+def test_side_effects_leave_stacked_models_alone() -> None:
+    models = [nn.BatchNorm1d(2).eval() for _ in range(3)]
+    params, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(4, 2)
+
+    def loss(p: dict, b: dict) -> torch.Tensor:
+        return torch.func.functional_call(models[0], (p, b), (x,)).square().sum()
+
+    q = fit(
+        lambda p: torch.func.vmap(loss)(p, buffers),
+        params,
+        {name: torch.ones_like(p) for name, p in params.items()},
+        [-1, 0, 1],
+    )
+    torch.testing.assert_close(q.curvature, 2 * ((x / (1 + 1e-5) ** 0.5 + 1) ** 2).sum())
+
+
 def test_side_effects_do_not_invalidate_a_graph() -> None:
     norm = nn.BatchNorm1d(2).eval()
     x = torch.randn(4, 2, requires_grad=True)
