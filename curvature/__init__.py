@@ -3,10 +3,11 @@
 from curvature.directional import directional
 from curvature.errors import NonFiniteLoss, NotTwiceDifferentiable
 from curvature.fit import fit
+from curvature.gradient import gradient
 from curvature.hvp import hvp
 from curvature.objective import Objective
 from curvature.quadratic import Quadratic
-from curvature.side_effects import SideEffects
+from curvature.side_effects import RandomState, SideEffects
 from curvature.tape import Tape
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "NotTwiceDifferentiable",
     "Objective",
     "Quadratic",
+    "RandomState",
     "SideEffects",
     "Tape",
     "directional",
     "fit",
+    "gradient",
     "hvp",
 ]

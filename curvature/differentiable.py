@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,36 +29,11 @@ def derivative_mode(device: torch.device) -> Iterator[None]:
     """Inside, derivatives are built and keep their precision, whatever surrounds the caller.
 
     Under ``no_grad`` the gradient would have no graph, and its derivative be taken for zero;
-    under ``autocast`` the products of the derivatives would be rounded to half precision.
+    under ``autocast`` the products of the derivatives would be rounded to half precision. What
+    checkpointing evaluates again must take the same variants as in the forward pass.
     """
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False), twice_differentiable():
         yield
-
-
-def obstacle(tensors: Sequence[Tensor | None]) -> str | None:
-    """Why a derivative of ``tensors`` would be wrong without an error, or ``None``."""
-    recorded = _names(tensors)
-    return next((reason for name, reason in _WRONG.items() if name in recorded), None)
-
-
-_WRONG = {
-    # Reached where the mode below does not see the call, as inside TorchScript.
-    "WeightNormInterfaceBackward0": "PyTorch's second derivative of fused weight_norm is wrong",
-    # torch.autograd.grad never runs this node, which would raise: it leads to no parameter.
-    "torch::autograd::Error": "a custom autograd.Function is marked once_differentiable",
-}
-
-
-def _names(tensors: Sequence[Tensor | None]) -> set[str]:
-    """The names of all nodes of the graphs behind ``tensors``."""
-    seen = set()
-    waiting = [t.grad_fn for t in tensors if t is not None]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(parent for parent, _ in node.next_functions)
-    return {node.name() for node in seen}
 
 
 class _PlainWeightNorm(TorchFunctionMode):

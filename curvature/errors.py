@@ -4,8 +4,27 @@ from __future__ import annotations
 
 
 class NonFiniteLoss(ValueError):
-    """A loss was NaN or infinite, so no derivative or fit of it means anything."""
+    """A loss was NaN or infinite, so no derivative or fit of it means anything.
+
+    Example:
+        >>> import torch, curvature
+        >>> try:
+        ...     curvature.hvp(lambda x: x.log().sum(), torch.zeros(2), torch.ones(2))
+        ... except NonFiniteLoss as error:
+        ...     print(error)
+        the loss is -inf
+    """
 
 
 class NotTwiceDifferentiable(RuntimeError):
-    """PyTorch has no second derivative for an operation that the loss uses."""
+    """PyTorch has no second derivative for an operation that the loss uses, or a wrong one.
+
+    Example:
+        >>> import torch, curvature
+        >>> func = lambda x: torch.nn.functional.hardsigmoid(x).sum()
+        >>> try:
+        ...     curvature.hvp(func, torch.zeros(2), torch.ones(2))
+        ... except NotTwiceDifferentiable as error:
+        ...     print(str(error)[:80])
+        PyTorch cannot differentiate the loss twice: derivative for aten::hardsigmoid_ba
+    """

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.directional import recorded
+from curvature.recorded import recorded
 
 
 def hvp(func: Callable[[Any], Tensor], params: Any, vector: Any, *, engine: str = "auto") -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quadratic:
     """The loss along a direction v: J(theta + t v) = value + t slope + t^2/2 curvature + O(t^3).
 

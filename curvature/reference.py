@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from curvature.differentiable import derivative_mode, obstacle
+from curvature.audit import Audit, without_graph
+from curvature.differentiable import derivative_mode
 from curvature.errors import NotTwiceDifferentiable
 
 _NO_SECOND_DERIVATIVE = (
@@ -31,15 +32,21 @@ class DoubleBackward:
     and v^T H(u) v = sum_b u_b curvature_b.
     """
 
+    name = "reference"
+
     def __init__(self, losses: Tensor, params: Sequence[Tensor]) -> None:
         self._params = list(params)
+        self._audit = Audit()
         self._mode = partial(derivative_mode, losses.device)
-        with self._mode():
+        with self._mode(), self._audit.cuts_noted(losses) as cuts:
             self._weights = torch.full_like(losses, 1 / losses.numel(), requires_grad=True)
-            self._gradient = _differentiate(losses, self._params, self._weights, create_graph=True)
-        # Linear in u, each entry requires grad or is zero, unless it lost its graph on the way.
-        if any(g is not None and not g.requires_grad and g.any() for g in self._gradient):
-            raise _refusal("a backward pass cuts its own graph (custom Function, sparse tensor)")
+            self._gradient = self._differentiate(
+                losses, self._params, self._weights, create_graph=True
+            )
+        if any(without_graph(g) for g in self._gradient):
+            cuts.append("a hook or sparse tensor")
+        if cuts:
+            raise _refusal(f"the backward pass of {cuts[0]} returns a gradient without graph")
 
     def directional(
         self, direction: Sequence[Tensor], *, per_sample: bool
@@ -47,55 +54,64 @@ class DoubleBackward:
         """Slope and curvature of the mean loss, then of each sample's if asked."""
         with self._mode():
             slope = _inner(self._gradient, direction, like=self._weights)
-            hessian_vector = self._second(slope, create_graph=per_sample)
-            curvature = _inner(hessian_vector, direction, like=self._weights)
-            slopes = self._split(slope) if per_sample else None
-            curvatures = self._split(curvature) if per_sample else None
-        return slope.detach(), curvature.detach(), slopes, curvatures
+            *product, slopes = self._differentiate_if_moving(
+                slope, [*self._params, self._weights], create_graph=per_sample
+            )
+            curvature = _inner(product, direction, like=self._weights)
+            if not per_sample:
+                return slope.detach(), curvature.detach(), None, None
+            (curvatures,) = self._differentiate_if_moving(curvature, [self._weights])
+        zeros = torch.zeros_like(self._weights)
+        return (
+            slope.detach(),
+            curvature.detach(),
+            zeros if slopes is None else slopes.detach(),
+            zeros if curvatures is None else curvatures,
+        )
 
     def hvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """H v of the mean loss."""
         with self._mode():
             slope = _inner(self._gradient, vector, like=self._weights)
-            product = self._second(slope, create_graph=False)
+            product = self._differentiate_if_moving(slope, self._params)
         return [
             torch.zeros_like(p) if h is None else h
             for h, p in zip(product, self._params, strict=True)
         ]
 
-    def _second(self, slope: Tensor, *, create_graph: bool) -> Sequence[Tensor | None]:
-        if not slope.requires_grad:
-            return [None] * len(self._params)
-        return _differentiate(slope, self._params, None, create_graph=create_graph)
+    def _differentiate_if_moving(
+        self, output: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False
+    ) -> Sequence[Tensor | None]:
+        if not output.requires_grad:
+            return [None] * len(inputs)
+        return self._differentiate(output, inputs, None, create_graph=create_graph)
 
-    def _split(self, weighted_sum: Tensor) -> Tensor:
-        parts: Tensor | None = None
-        if weighted_sum.requires_grad:
-            (parts,) = _differentiate(weighted_sum, [self._weights], None, create_graph=False)
-        return torch.zeros_like(self._weights) if parts is None else parts
-
-
-def _differentiate(
-    output: Tensor, inputs: Sequence[Tensor], weights: Tensor | None, *, create_graph: bool
-) -> Sequence[Tensor | None]:
-    try:
-        result = torch.autograd.grad(
-            output,
-            inputs,
-            weights,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    except RuntimeError as error:
-        message = str(error)
-        if not any(sign in message for sign in _NO_SECOND_DERIVATIVE):
-            raise
-        raise _refusal(message.splitlines()[0].rstrip(".")) from error
-    reason = obstacle([output, *result]) if create_graph else None
-    if reason is not None:
-        raise _refusal(reason)
-    return result
+    def _differentiate(
+        self,
+        output: Tensor,
+        inputs: Sequence[Tensor],
+        weights: Tensor | None,
+        *,
+        create_graph: bool,
+    ) -> Sequence[Tensor | None]:
+        try:
+            result = torch.autograd.grad(
+                output,
+                inputs,
+                weights,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            message = str(error)
+            if not any(sign in message for sign in _NO_SECOND_DERIVATIVE):
+                raise
+            raise _refusal(message.splitlines()[0].rstrip(".")) from error
+        reason = self._audit.obstacle([output, *result]) if create_graph else None
+        if reason is not None:
+            raise _refusal(reason)
+        return result
 
 
 def _refusal(reason: str) -> NotTwiceDifferentiable:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.differentiable import derivative_mode, twice_differentiable
-from curvature.errors import NonFiniteLoss
-from curvature.losses import check_losses, describe_non_finite, is_finite
+from curvature.differentiable import twice_differentiable
+from curvature.gradient import gradient
 from curvature.quadratic import Quadratic
+from curvature.reevaluation import Reevaluation
 from curvature.reference import DoubleBackward
 from curvature.trees import Flat, flatten_direction, flatten_params
 
@@ -42,6 +42,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._recorded = False
+        self._reevaluation = Reevaluation()
         self._losses: Tensor | None = None
         self._params: Flat | None = None
         self._reference: DoubleBackward | None = None
@@ -55,6 +56,7 @@ class Tape:
         self._stack = ExitStack()
         self._stack.enter_context(torch.enable_grad())
         self._stack.enter_context(twice_differentiable())
+        self._stack.enter_context(self._reevaluation.recording())
         return self
 
     def __exit__(
@@ -66,7 +68,7 @@ class Tape:
         self._stack.close()
 
     def backward(self, losses: Tensor, params: Any) -> Any:
-        """The gradient of the mean loss, as :func:`torch.autograd.grad` gives it.
+        """The gradient of the mean loss, as :func:`curvature.gradient` gives it.
 
         Args:
             losses: what the block computed: a scalar, or a vector with one loss per sample.
@@ -77,24 +79,20 @@ class Tape:
             A pytree like params, without graph; ``None`` for a tensor that the loss does not use.
 
         Raises:
-            TypeError, ValueError: losses or params cannot be used; the message says why.
-            NonFiniteLoss: a loss is NaN or infinite.
+            TypeError, ValueError, NonFiniteLoss: as :func:`curvature.gradient`.
+
+        Example:
+            >>> import torch
+            >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+            >>> with Tape() as tape:
+            ...     loss = x.square().sum()
+            >>> tape.backward(loss, {"x": x})
+            {'x': tensor([2., 4.])}
         """
-        check_losses(losses, graph=True)
-        flat = flatten_params(params)
-        frozen = [n for n, p in zip(flat.names, flat.leaves, strict=True) if not p.requires_grad]
-        if frozen:
-            raise ValueError(f"{', '.join(frozen)} does not require grad; leave it out of params")
-        if not is_finite(losses):
-            raise NonFiniteLoss(describe_non_finite(losses))
-        gradient = _gradient(losses, flat.leaves)
-        if all(g is None for g in gradient):
-            raise ValueError(
-                "the loss does not depend on any tensor of params; a function of params must use "
-                "the tensors it is given (see curvature.Objective or torch.func.functional_call)"
-            )
-        self._losses, self._params, self._reference = losses, flat, None
-        return flat.rebuild(gradient)
+        with self._reevaluation.compared():
+            result = gradient(losses, params, retain_graph=True)
+        self._losses, self._params, self._reference = losses, flatten_params(params), None
+        return result
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
         """Value, slope <g, v> and curvature v^T H v along ``direction``.
@@ -110,6 +108,16 @@ class Tape:
         Raises:
             ValueError, TypeError: direction does not fit params; the message names the entry.
             NotTwiceDifferentiable: PyTorch has no second derivative for an operation.
+
+        Example:
+            >>> import torch
+            >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+            >>> with Tape() as tape:
+            ...     loss = x.prod()
+            >>> gradient = tape.backward(loss, [x])
+            >>> q = tape.directional(gradient)  # along (2, 1)
+            >>> q.slope, q.curvature
+            (tensor(5.), tensor(4.))
         """
         losses, params = self._state()
         if per_sample and losses.ndim == 0:
@@ -118,13 +126,13 @@ class Tape:
                 'use reduction="none" and leave the mean to this package'
             )
         leaves = flatten_direction(direction, params)
-        slope, curvature, slopes, curvatures = self._engine().directional(
-            leaves, per_sample=per_sample
-        )
+        with self._reevaluation.compared():
+            engine = self._engine()
+            slope, curvature, slopes, curvatures = engine.directional(leaves, per_sample=per_sample)
         samples = None
         if slopes is not None and curvatures is not None:
-            samples = Quadratic(losses.detach(), slopes, curvatures, "reference")
-        return Quadratic(losses.detach().mean(), slope, curvature, "reference", samples)
+            samples = Quadratic(losses.detach(), slopes, curvatures, engine.name)
+        return Quadratic(losses.detach().mean(), slope, curvature, engine.name, samples)
 
     def hvp(self, vector: Any) -> Any:
         """The Hessian-vector product H v of the mean loss, a pytree like params.
@@ -132,10 +140,20 @@ class Tape:
         Raises:
             ValueError, TypeError: vector does not fit params; the message names the entry.
             NotTwiceDifferentiable: PyTorch has no second derivative for an operation.
+
+        Example:
+            >>> import torch
+            >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+            >>> with Tape() as tape:
+            ...     loss = x.prod()
+            >>> _ = tape.backward(loss, [x])
+            >>> tape.hvp([torch.tensor([2.0, 1.0])])
+            [tensor([1., 2.])]
         """
         _, params = self._state()
         leaves = flatten_direction(vector, params, argument="vector")
-        return params.rebuild(self._engine().hvp(leaves))
+        with self._reevaluation.compared():
+            return params.rebuild(self._engine().hvp(leaves))
 
     def _state(self) -> tuple[Tensor, Flat]:
         if self._losses is None or self._params is None:
@@ -148,18 +166,3 @@ class Tape:
             losses, params = self._state()
             self._reference = DoubleBackward(losses, params.leaves)
         return self._reference
-
-
-def _gradient(losses: Tensor, params: list[Tensor]) -> list[Any]:
-    weights = torch.full_like(losses, 1 / losses.numel())
-    try:
-        with derivative_mode(losses.device):
-            return list(
-                torch.autograd.grad(losses, params, weights, retain_graph=True, allow_unused=True)
-            )
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise ValueError(
-            "the graph of the loss is gone: return the loss without calling backward on it"
-        ) from error

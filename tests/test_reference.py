@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 import curvature
 from curvature import NotTwiceDifferentiable, Objective, Tape, directional, hvp
@@ -258,11 +259,18 @@ class OnceDifferentiableCosine(torch.autograd.Function):
     ("operation", "reason"),
     [
         (OnceDifferentiable.apply, "once_differentiable"),
-        (CutsGraph.apply, "cuts its own graph"),
+        (CutsGraph.apply, "CutsGraphBackward returns a gradient without graph"),
+        (lambda x: x + CutsGraph.apply(x), "CutsGraphBackward returns a gradient without graph"),
         (F.hardsigmoid, "hardsigmoid_backward"),
         (lambda x: torch._weight_norm_interface(x, x[:, :1].contiguous())[0], "weight_norm"),
     ],
-    ids=["once differentiable", "cut", "not implemented", "wrong in PyTorch"],
+    ids=[
+        "once differentiable",
+        "cut",
+        "cut on one of two paths",
+        "not implemented",
+        "wrong in PyTorch",
+    ],
 )
 def test_refusals(operation, reason: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(NotTwiceDifferentiable, match=reason):
@@ -275,6 +283,45 @@ def test_per_sample_refuses_what_only_the_mean_can_have() -> None:
     torch.testing.assert_close(directional(HandWritten.apply, x, v).curvature, exact)
     with pytest.raises(NotTwiceDifferentiable, match="once_differentiable"):
         directional(HandWritten.apply, x, v, per_sample=True)
+
+
+def test_a_hook_that_cuts_the_graph_is_refused() -> None:
+    def func(x: torch.Tensor) -> torch.Tensor:
+        y = x**2
+        y.register_hook(lambda cotangent: 2 * cotangent.detach())
+        return (x + y).square().sum()
+
+    with pytest.raises(NotTwiceDifferentiable, match="gradient without graph"):
+        directional(func, torch.ones(2), torch.ones(2))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Dropout(0.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = checkpoint(self.attend, x, use_reentrant=False)
+        return self.attend(x)[0] + q * k - v
+
+    def attend(self, x: torch.Tensor) -> list[torch.Tensor]:
+        y = F.scaled_dot_product_attention(x, x, x)
+        return [self.block(y).square(), self.block(y).sin(), y.mean(-1, keepdim=True)]
+
+
+def test_checkpointing_changes_nothing() -> None:
+    model = Checkpointed().to(F64)
+    J = Objective(model, lambda y, _: y.square().mean((1, 2)), (torch.randn(2, 4, 3).to(F64), None))
+    v = {name: torch.randn_like(p) for name, p in J.params.items()}
+    curvature.testing.check_directional(J, J.params, v)
+
+
+def test_checkpointing_refuses_parameters_lent_for_the_first_call() -> None:
+    J = Objective(Checkpointed(), lambda y, _: y.square().mean(), (torch.randn(2, 4, 3), None))
+    params = {name: p.detach() + 0.1 for name, p in J.params.items()}
+    for verb in (directional, hvp):
+        with pytest.raises(ValueError, match="evaluates Linear again with another weight"):
+            verb(J, params, params)
 
 
 def test_functions_that_write_to_their_parameters_do_no_harm() -> None:

@@ -1,0 +1,73 @@
+"""Notice the graphs that PyTorch would differentiate wrongly without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+_WRONG = {
+    # Reached where the call was not seen by the mode that replaces it, as inside TorchScript.
+    "WeightNormInterfaceBackward0": "PyTorch's second derivative of fused weight_norm is wrong",
+    # torch.autograd.grad never runs this node, which would raise: it leads to no parameter.
+    "torch::autograd::Error": "a custom autograd.Function is marked once_differentiable",
+}
+
+
+class Audit:
+    """Watches a graph as derivatives of derivatives are added to it."""
+
+    def __init__(self) -> None:
+        self._nodes: set[Node] = set()
+        self._reason: str | None = None
+
+    def obstacle(self, tensors: Sequence[Tensor | None]) -> str | None:
+        """Why a derivative of ``tensors`` would be wrong without an error, or ``None``."""
+        self._add(tensors)
+        return self._reason
+
+    @contextmanager
+    def cuts_noted(self, output: Tensor) -> Iterator[list[str]]:
+        """Collect the operations whose backward pass loses its graph, in a block that runs it.
+
+        For a backward pass of ``output`` that starts from a cotangent with a graph. The
+        backward pass of each operation is linear, so every cotangent that is not zero must have
+        a graph as well; one that has none was computed from detached values, and its derivative
+        would be taken for zero.
+        """
+        cuts: list[str] = []
+
+        def watch(node: Node) -> Any:
+            def note(arriving: Sequence[Tensor | None], leaving: Sequence[Tensor | None]) -> None:
+                if any(map(without_graph, (*arriving, *leaving))):
+                    cuts.append(node.name())
+
+            return node.register_hook(note)
+
+        hooks = [watch(node) for node in self._add([output])]
+        try:
+            yield cuts
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _add(self, tensors: Sequence[Tensor | None]) -> list[Node]:
+        """Take note of the graphs behind ``tensors``; the nodes that were not known before."""
+        new = []
+        waiting = [t.grad_fn for t in tensors if t is not None]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in self._nodes:
+                self._nodes.add(node)
+                new.append(node)
+                self._reason = self._reason or _WRONG.get(node.name())
+                waiting.extend([parent for parent, _ in node.next_functions])
+        return new
+
+
+def without_graph(cotangent: Tensor | None) -> bool:
+    """Whether a cotangent that is not zero has no graph."""
+    return cotangent is not None and not cotangent.requires_grad and bool(cotangent.any())
