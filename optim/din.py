@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-@dataclass
-class _Move:
+@dataclass(eq=False)
+class _Pending:
     """What one chunk of parameters does once its step size is known."""
 
     group: dict[str, Any]
@@ -41,12 +41,26 @@ class DIN(Optimizer):
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._moves: list[tuple[float, _Move]] = []
+        self._pending: list[tuple[float, _Pending]] = []
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        group = {**self.defaults, **param_group}
-        _check_group(group)
+        """Add a group; what it does not name is taken from the defaults.
+
+        Raises:
+            ValueError: a hyperparameter is out of range.
+            TypeError: a parameter is complex or integer.
+
+        Example:
+            >>> import torch
+            >>> from optim import INNA
+            >>> a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = INNA([a])
+            >>> optimizer.add_param_group({"params": [b], "beta": 0.2})
+            >>> [group["beta"] for group in optimizer.param_groups]
+            [0.1, 0.2]
+        """
+        self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_floating_point():
@@ -62,17 +76,26 @@ class DIN(Optimizer):
         Raises:
             ValueError: a group's lr is not below its beta.
             TypeError: a gradient is sparse.
+
+        Example:
+            >>> import torch
+            >>> from optim import INNA
+            >>> x = torch.nn.Parameter(torch.tensor([1.0]))
+            >>> x.grad = torch.tensor([2.0])
+            >>> INNA([x], lr=0.01).step()  # the first step is lr beta g
+            >>> x.detach()
+            tensor([0.9980])
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _check_group(group)
+            self._check_group(group)
         self._check_gradients()
         for group in self.param_groups:
-            for move in self._advance(group):
-                _euler(move, float(group["lr"]))
+            for pending in self._advance(group):
+                _euler(pending, float(group["lr"]))
         return loss
 
     @torch.no_grad()
@@ -84,30 +107,58 @@ class DIN(Optimizer):
 
         Returns:
             For each parameter with a gradient, ``ratio (lambda theta - u + beta P^-1 g)``.
+
+        Raises:
+            TypeError: a gradient is sparse.
+
+        Example:
+            >>> import torch
+            >>> from optim import INNA
+            >>> x = torch.nn.Parameter(torch.tensor([1.0]))
+            >>> x.grad = torch.tensor([2.0])
+            >>> optimizer = INNA([x])
+            >>> optimizer.propose([1.0])[x]
+            tensor([0.2000])
+            >>> optimizer.move(0.05)
+            >>> x.detach()
+            tensor([0.9900])
         """
         self._check_gradients()
-        self._moves = []
+        self._pending = []
         direction: dict[Tensor, Tensor] = {}
         for group, ratio in zip(self.param_groups, ratios, strict=True):
-            for move in self._advance(group):
-                self._moves.append((ratio, move))
-                d = _drift(move)
+            for pending in self._advance(group):
+                self._pending.append((ratio, pending))
+                d = _drift(pending)
                 torch._foreach_neg_(d)
-                torch._foreach_add_(d, move.params, alpha=group["weight_decay"])
-                torch._foreach_add_(d, move.preconditioned, alpha=group["beta"])
+                torch._foreach_add_(d, pending.params, alpha=group["weight_decay"])
+                torch._foreach_add_(d, pending.preconditioned, alpha=group["beta"])
                 torch._foreach_mul_(d, ratio)
-                direction.update(zip(move.params, d, strict=True))
+                direction.update(zip(pending.params, d, strict=True))
         return direction
 
     @torch.no_grad()
     def move(self, step: float) -> None:
-        """Move theta and psi of the last proposal, with gamma = step times the group's ratio."""
-        for ratio, move in self._moves:
-            _euler(move, ratio * step)
-        self._moves = []
+        """Move theta and psi of the last proposal, with gamma = step times the group's ratio.
+
+        Example: see :meth:`propose`.
+        """
+        for ratio, pending in self._pending:
+            # ratio * limit may round up to beta.
+            largest = math.nextafter(pending.group["beta"], 0.0)
+            _euler(pending, min(ratio * step, largest))
+        self._pending = []
 
     def limit(self, ratios: Sequence[float]) -> float:
-        """The largest step that keeps every gamma below its beta."""
+        """The largest step that keeps every gamma below its beta.
+
+        Example:
+            >>> import torch
+            >>> from optim import INNA
+            >>> optimizer = INNA([torch.nn.Parameter(torch.ones(1))], beta=0.1)
+            >>> round(optimizer.limit([0.5]), 9)
+            0.2
+        """
         return min(
             (
                 math.nextafter(group["beta"] / ratio, 0.0)
@@ -117,18 +168,35 @@ class DIN(Optimizer):
             default=math.inf,
         )
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse hyperparameters for which the step is not defined."""
+        lr, alpha, beta = float(group["lr"]), group["alpha"], group["beta"]
+        if not lr >= 0:
+            raise ValueError(f"lr is {lr}; it must be at least 0")
+        if not alpha >= 0:
+            raise ValueError(f"alpha is {alpha}; the friction must be at least 0")
+        if not beta > 0:
+            raise ValueError(f"beta is {beta}; it must be positive")
+        if not lr < beta:
+            raise ValueError(
+                f"lr is {lr} and beta is {beta}: the step must stay below beta, or psi overshoots "
+                "the point it relaxes to (Algorithm 1, line 3); lower lr or raise beta"
+            )
+        if not group["weight_decay"] >= 0:
+            raise ValueError(f"weight_decay is {group['weight_decay']}; it must be at least 0")
+
     @abstractmethod
     def _precondition(
         self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
         """P^-1 g, advancing the preconditioner that ``states`` hold."""
 
-    def _advance(self, group: dict[str, Any]) -> list[_Move]:
+    def _advance(self, group: dict[str, Any]) -> list[_Pending]:
         params = [p for p in group["params"] if p.grad is not None]
         chunks = [[p] for p in params] if group["foreach"] is False else [params] if params else []
         return [self._advance_chunk(group, chunk) for chunk in chunks]
 
-    def _advance_chunk(self, group: dict[str, Any], params: list[Tensor]) -> _Move:
+    def _advance_chunk(self, group: dict[str, Any], params: list[Tensor]) -> _Pending:
         grads = [p.grad for p in params if p.grad is not None]
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
@@ -137,7 +205,7 @@ class DIN(Optimizer):
             if not state:
                 state["psi"] = p.detach() * (1 - group["alpha"] * group["beta"])
         preconditioned = self._precondition(group, grads, states)
-        return _Move(group, params, [state["psi"] for state in states], preconditioned)
+        return _Pending(group, params, [state["psi"] for state in states], preconditioned)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -146,35 +214,18 @@ class DIN(Optimizer):
                     raise TypeError(f"{type(self).__name__} does not support sparse gradients")
 
 
-def _drift(move: _Move) -> list[Tensor]:
+def _drift(pending: _Pending) -> list[Tensor]:
     """u = (1/beta - alpha) theta - psi/beta."""
-    alpha, beta = move.group["alpha"], move.group["beta"]
-    u = list(torch._foreach_mul(move.params, 1 / beta - alpha))
-    torch._foreach_add_(u, move.psis, alpha=-1 / beta)
+    alpha, beta = pending.group["alpha"], pending.group["beta"]
+    u = list(torch._foreach_mul(pending.params, 1 / beta - alpha))
+    torch._foreach_add_(u, pending.psis, alpha=-1 / beta)
     return u
 
 
-def _euler(move: _Move, gamma: float) -> None:
-    if move.group["weight_decay"] != 0:
-        torch._foreach_mul_(move.params, 1 - gamma * move.group["weight_decay"])
-    u = _drift(move)
-    torch._foreach_add_(move.psis, u, alpha=gamma)
-    torch._foreach_add_(u, move.preconditioned, alpha=-move.group["beta"])
-    torch._foreach_add_(move.params, u, alpha=gamma)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr, alpha, beta = float(group["lr"]), group["alpha"], group["beta"]
-    if not lr >= 0:
-        raise ValueError(f"lr is {lr}; it must be at least 0")
-    if not alpha >= 0:
-        raise ValueError(f"alpha is {alpha}; the friction must be at least 0")
-    if not beta > 0:
-        raise ValueError(f"beta is {beta}; it must be positive")
-    if not lr < beta:
-        raise ValueError(
-            f"lr is {lr} and beta is {beta}: the step must stay below beta, or psi overshoots the "
-            "point it relaxes to (Algorithm 1, line 3); lower lr or raise beta"
-        )
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay is {group['weight_decay']}; it must be at least 0")
+def _euler(pending: _Pending, gamma: float) -> None:
+    if pending.group["weight_decay"] != 0:
+        torch._foreach_mul_(pending.params, 1 - gamma * pending.group["weight_decay"])
+    u = _drift(pending)
+    torch._foreach_add_(pending.psis, u, alpha=gamma)
+    torch._foreach_add_(u, pending.preconditioned, alpha=-pending.group["beta"])
+    torch._foreach_add_(pending.params, u, alpha=gamma)

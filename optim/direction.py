@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from optim.snapshot import Snapshot
 
 
 @runtime_checkable
@@ -17,7 +18,7 @@ class Proposer(Protocol):
     """An optimizer's step in two halves: where to, and how far.
 
     An optimizer that has these methods (as :class:`optim.INNAprop`) is wrapped through them;
-    any other through :class:`Linear`.
+    any other through :class:`LinearInRate`.
     """
 
     def propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
@@ -37,16 +38,23 @@ def proposer(base: Optimizer) -> Proposer:
     """The two halves of ``base``'s step.
 
     Raises:
-        TypeError: the step of ``base`` is not linear in lr, so no direction can be told from it.
+        TypeError: ``base`` is no optimizer, or its step is not linear in lr, so that no direction
+            can be told from it.
     """
     if not isinstance(base, Optimizer):
         raise TypeError(f"base is a {type(base).__name__}, not a torch.optim.Optimizer")
+    inner = [k for k, v in vars(base).items() if isinstance(v, Optimizer)]
+    if inner:
+        raise TypeError(
+            f"{type(base).__name__} cannot be wrapped: it holds another optimizer as "
+            f"{inner[0]!r}, whose state would advance unseen; wrap that one"
+        )
     if isinstance(base, Proposer):
         return base
     reason = _NOT_LINEAR.get(type(base).__name__)
     if reason is not None:
         raise TypeError(f"{type(base).__name__} cannot be wrapped: {reason}")
-    return Linear(base)
+    return LinearInRate(base)
 
 
 _NOT_LINEAR = {
@@ -58,28 +66,31 @@ _NOT_LINEAR = {
 }
 
 
-class Linear:
+class LinearInRate:
     """The direction of an optimizer whose step is linear in ``group["lr"]``.
 
     The optimizer steps copies of the parameters once with a large lr: d is the displacement
     over that lr. A large lr keeps all digits of d, where theta - lr d with a small one would
-    round them away against theta. At the first proposal that moves, the step is taken from the
-    same state at two large rates and at rate 0, and refused if the displacements are not
+    round them away against theta. The first steps that move are taken from the same state at
+    two large rates and at rate 0 besides, and refused if the displacements are not
     proportional, if rate 0 moves, or if the states differ.
     """
 
     RATE = 2.0**60
+    PROOFS = 10  # more than one, for optimizers that do something else at every k-th step
 
     def __init__(self, base: Optimizer) -> None:
         self._base = base
-        self._verified = False
+        self._proofs = 0
         self._direction: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
-        if not self._verified:
-            self._verified = self._verify(ratios)
+        if self._proofs < self.PROOFS and self._prove(ratios):
+            self._proofs += 1
         self._direction = self._displacement(ratios, self.RATE)
+        if self._direction:
+            torch._foreach_div_(list(self._direction.values()), self.RATE)
         return self._direction
 
     @torch.no_grad()
@@ -93,6 +104,7 @@ class Linear:
         return math.inf
 
     def _displacement(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
+        """How far the base's next step at this rate goes, its state advancing."""
         # The base steps on copies: a write to the parameters themselves, even one taken back,
         # would invalidate the graph that the curvature is still to be computed from.
         groups, state = self._base.param_groups, self._base.state
@@ -115,46 +127,45 @@ class Linear:
                     state[p] = state.pop(twin)
         if not params:
             return {}
-        d = list(torch._foreach_sub(params, list(copies.values())))
-        if rate != 0:
-            torch._foreach_div_(d, rate)
-        return dict(zip(params, d, strict=True))
+        return dict(zip(params, torch._foreach_sub(params, list(copies.values())), strict=True))
 
-    def _verify(self, ratios: Sequence[float]) -> bool:
+    def _prove(self, ratios: Sequence[float]) -> bool:
         """Refuse a step that is not linear in lr; false if there was no step to tell from."""
-        start = copy_state(self._base)
+        name = type(self._base).__name__
+        start = Snapshot(self._base)
         params = [p for group in self._base.param_groups for p in group["params"]]
         versions = [p._version for p in params]
         values = [p.detach().clone() for p in params]
         try:
             at_rest = self._displacement(ratios, 0.0)
-            restore_state(self._base, start)
-            d = self._displacement(ratios, self.RATE)
-            state = copy_state(self._base)
-            restore_state(self._base, start)
-            doubled = self._displacement(ratios, 2 * self.RATE)
-            linear = all(_close(d[p], doubled[p]) and not at_rest[p].any() for p in d)
-            linear = linear and _same(state, copy_state(self._base))
-        except TypeError as error:
+            start.restore()
+            once = self._displacement(ratios, self.RATE)
+            after = Snapshot(self._base)
+            start.restore()
+            twice = self._displacement(ratios, 2 * self.RATE)
+            same_state = after.equals(Snapshot(self._base))
+        except (TypeError, LookupError, AttributeError) as error:
             raise TypeError(
-                f"{type(self._base).__name__} cannot be wrapped: it cannot step from gradients "
-                f"alone: {error}"
+                f"{name} cannot be wrapped: it cannot step copies of its parameters, given their "
+                f"gradients: {error!r}"
             ) from error
         finally:
-            restore_state(self._base, start)
+            start.restore()
         if versions != [p._version for p in params]:
             for p, value in zip(params, values, strict=True):
                 p.copy_(value)
             raise TypeError(
-                f"{type(self._base).__name__} cannot be wrapped: it steps other tensors than those "
-                "in its param_groups"
+                f"{name} cannot be wrapped: it steps other tensors than those in its param_groups"
             )
-        if not linear:
+        if not all(bool(torch.isfinite(x).all()) for x in twice.values()):
+            return False
+        proportional = all(_is_double(twice[p], once[p], p) for p in once)
+        if not (proportional and same_state) or any(bool(x.any()) for x in at_rest.values()):
             raise TypeError(
-                f"{type(self._base).__name__} cannot be wrapped: its step is not linear in lr; "
-                "give it methods propose, move and limit, as optim.direction.Proposer describes"
+                f"{name} cannot be wrapped: its step is not linear in lr; give it methods propose, "
+                "move and limit, as optim.direction.Proposer describes"
             )
-        return any(bool(x.any()) for x in d.values())
+        return any(bool(x.any()) for x in once.values())
 
 
 def _copy_with_grad(p: Tensor) -> Tensor:
@@ -163,25 +174,7 @@ def _copy_with_grad(p: Tensor) -> Tensor:
     return twin
 
 
-def copy_state(base: Optimizer) -> dict[Tensor, Any]:
-    """A copy of the optimizer's state that its next steps do not change."""
-    return {p: copy.deepcopy(entry) for p, entry in base.state.items()}
-
-
-def restore_state(base: Optimizer, state: dict[Tensor, Any]) -> None:
-    """Set the optimizer's state to a copy of ``state``."""
-    base.state.clear()
-    for p, entry in state.items():
-        base.state[p] = copy.deepcopy(entry)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).norm() <= 1e-3 * b.norm())
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.allclose(a, b, equal_nan=True)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return bool(a == b)
+def _is_double(twice: Tensor, once: Tensor, p: Tensor) -> bool:
+    # A displacement is known to the rounding of the parameters that it starts from.
+    eps = torch.finfo(p.dtype).eps
+    return bool((twice - 2 * once).norm() <= eps * (1e3 * twice.norm() + 8 * p.norm()))

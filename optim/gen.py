@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curvature import NonFiniteLoss, fit
+from curvature import NonFiniteLoss, fit, gradient
 from optim.wrapper import Choice, Line, Trial, Wrapper
 
 
-class GeN(Wrapper):
+class _Plain(torch.enable_grad):
+    """An ordinary forward and backward pass, without a record for second derivatives."""
+
+    def backward(self, losses: Tensor, params: Any) -> Any:
+        return gradient(losses, params)
+
+
+class GeN(Wrapper[_Plain]):
     """Algorithm 1 of *Gradient descent with generalized Newton's method* (Bu, Xu), as printed.
 
     Around any optimizer whose step is ``w <- w - lr d``, the step becomes ``ell eta d``. At
@@ -25,11 +32,13 @@ class GeN(Wrapper):
         eta <- gamma eta + (1 - gamma) b / A
 
     ``group["lr"]`` is ell, 1 by default: a factor on eta for torch's schedulers (as the horizon
-    factor of the paper's appendix C.7). eta keeps its value at a step whose probes are not
-    finite.
+    factor of the paper's appendix C.7). Where A or b is not positive (b with momentum) or a
+    probe is not finite, eta keeps its value, and the step is taken along d all the same. Probing
+    calls the closure again: draw the batch outside it.
 
-    As published the method depends on its start: far too small an eta grows by a tenth per
-    refit at most where the fit has no noise, far too large a one can diverge.
+    As published the method depends on its start: too large an eta can diverge before its first
+    refit, a fit with hardly any curvature sends eta far off, and in float32 the losses at a tiny
+    eta differ by rounding alone, which is fitted as if it were curvature.
 
     Args:
         base: an optimizer whose step is linear in lr, or one that can propose and move. Its lr
@@ -70,9 +79,12 @@ class GeN(Wrapper):
         super().__init__(base, ell=ell)
         self.eta, self.gamma, self.phi = eta, gamma, phi
 
-    def _choose(self, trial: Trial, line: Line) -> Choice | str:
+    def _recorder(self) -> _Plain:
+        return _Plain()
+
+    def _choose(self, trial: Trial[_Plain], line: Line) -> Choice | str:
         curvature = None
-        if self._refits(trial.iteration) and line.squared_norm > 0:
+        if trial.iteration % self.phi == 0 and line.squared_norm > 0:
             try:
                 quadratic = fit(
                     lambda values: _loss_at(trial, values),
@@ -88,13 +100,6 @@ class GeN(Wrapper):
                 self.eta = self.gamma * self.eta + (1 - self.gamma) * b / curvature
         return Choice(r=self.eta, curvature=curvature)
 
-    def _refits(self, iteration: int) -> bool:
-        return iteration % self.phi == 0
-
-    def _may_fail(self, iteration: int) -> bool:
-        # The probes call the user's closure again.
-        return self._refits(iteration)
-
     def _own_state(self) -> dict[str, Any]:
         own = {"eta": self.eta, "gamma": self.gamma, "phi": self.phi}
         return {**super()._own_state(), **own}
@@ -104,10 +109,10 @@ class GeN(Wrapper):
         self.eta, self.gamma, self.phi = state["eta"], state["gamma"], state["phi"]
 
 
-def _loss_at(trial: Trial, values: Sequence[Tensor]) -> Tensor:
+def _loss_at(trial: Trial[_Plain], values: Sequence[Tensor]) -> Tensor:
     """The closure's loss with other values in the parameters, under the step's random numbers."""
     own = [p.data for p in trial.params]
-    trial.effects.random.restore()
+    trial.random.restore()
     try:
         for p, value in zip(trial.params, values, strict=True):
             p.data = value

@@ -67,10 +67,6 @@ class INNAprop(DIN):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        if not 0 <= sigma < 1:
-            raise ValueError(f"sigma is {sigma}; it must be in [0, 1)")
-        if not eps > 0:
-            raise ValueError(f"eps is {eps}; it must be positive")
         super().__init__(
             params,
             {
@@ -84,6 +80,13 @@ class INNAprop(DIN):
                 "foreach": foreach,
             },
         )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if not 0 <= group["sigma"] < 1:
+            raise ValueError(f"sigma is {group['sigma']}; it must be in [0, 1)")
+        if not group["eps"] > 0:
+            raise ValueError(f"eps is {group['eps']}; it must be positive")
 
     def _precondition(
         self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]

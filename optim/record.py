@@ -6,8 +6,9 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import overload
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class StepRecord:
         step: the step that was taken along d: ``ell * r``, unless a bound of the base optimizer
             is below it; 0 if the step was skipped.
         skipped: why the parameters did not move, or ``None``.
+
+    Example:
+        >>> record = StepRecord(iteration=1, value=2.5)
+        >>> record.step, record.to_json()[:32]
+        (0.0, '{"iteration": 1, "value": 2.5, "')
     """
 
     iteration: int
@@ -35,7 +41,10 @@ class StepRecord:
     skipped: str | None = None
 
     def to_json(self) -> str:
-        """One JSON object; NaN and infinity, which JSON lacks, become null."""
+        """One JSON object; NaN and infinity, which JSON lacks, become null.
+
+        Example: see :class:`StepRecord`.
+        """
         numbers = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
@@ -43,11 +52,15 @@ class StepRecord:
         return json.dumps(numbers, allow_nan=False)
 
 
-class Records:
+class Records(Sequence[StepRecord]):
     """The latest :class:`StepRecord` entries of a wrapper, oldest first.
 
+    A wrapper starts with ``Records()``; assign another to its ``records`` for other arguments.
+
     Args:
-        keep: how many to hold; older ones are dropped, so that a long run does not grow.
+        keep: how many to hold; older ones are dropped, so that a long run does not grow. None
+            holds all.
+        path: a file to which each record is appended as it comes, one JSON object a line.
 
     Example:
         >>> records = Records(keep=2)
@@ -57,22 +70,48 @@ class Records:
         ([2, 3], 0.3333333333333333)
     """
 
-    def __init__(self, keep: int = 10_000) -> None:
+    def __init__(
+        self, keep: int | None = 10_000, *, path: str | os.PathLike[str] | None = None
+    ) -> None:
         self._records: deque[StepRecord] = deque(maxlen=keep)
+        self._path = path
 
     def append(self, record: StepRecord) -> None:
+        """Hold one more record, and write it if there is a path.
+
+        Example: see :class:`Records`.
+        """
         self._records.append(record)
+        if self._path is not None:
+            # Opened anew each time: nothing is lost when the process is killed.
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(record.to_json() + "\n")
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the held records to a file, one JSON object a line."""
+        """Write the held records to a file, one JSON object a line.
+
+        Example:
+            >>> import tempfile
+            >>> records = Records()
+            >>> records.append(StepRecord(iteration=1))
+            >>> with tempfile.NamedTemporaryFile() as file:
+            ...     records.write(file.name)
+            ...     file.read()[:16]
+            b'{"iteration": 1,'
+        """
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(record.to_json() + "\n" for record in self._records)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __iter__(self) -> Iterator[StepRecord]:
-        return iter(self._records)
+    @overload
+    def __getitem__(self, index: int) -> StepRecord: ...
 
-    def __getitem__(self, index: int) -> StepRecord:
+    @overload
+    def __getitem__(self, index: slice) -> list[StepRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> StepRecord | list[StepRecord]:
+        if isinstance(index, slice):
+            return list(self._records)[index]
         return self._records[index]

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from curvature import Tape
 from optim.wrapper import Choice, Line, Trial, Wrapper
 
 
-class Rescaled(Wrapper):
+class Rescaled(Wrapper[Tape]):
     """Algorithm 1 of *Adaptive scaling of the learning rate* (de Gournay, Gossard 2022).
 
     Around any optimizer whose step is ``theta <- theta - lr d``, the step becomes ``ell r d``::
@@ -25,7 +26,12 @@ class Rescaled(Wrapper):
 
     ``group["lr"]`` is ell: any torch scheduler drives it. Where <d, g> < 0 (momentum), the
     paper's rule is followed: ``|r|``, the step that would suit the opposite direction; where
-    it is 0, r is 0. A step of INNA or INNAprop moves theta and psi together, by at most beta.
+    it is 0, r is 0. With momentum beta1 the paper advises ell = 1 - beta1 (appendix C.1).
+
+    J is the loss that the closure returns. A decay of weights by the base optimizer is part of
+    d, not of J: add the penalty to the losses to have it in slope and curvature. A step of INNA
+    or INNAprop moves theta and psi together, by at most beta; under their weight decay it
+    follows d to first order in the step.
 
     Args:
         base: an optimizer whose step is linear in lr (SGD, RMSprop, AdamW, ...), or one that
@@ -61,11 +67,14 @@ class Rescaled(Wrapper):
         self._average = 0.0
         self._count = 0
 
-    def _choose(self, trial: Trial, line: Line) -> Choice | str:
+    def _recorder(self) -> Tape:
+        return Tape()
+
+    def _choose(self, trial: Trial[Tape], line: Line) -> Choice | str:
         if line.squared_norm == 0:
             return Choice(r=0.0, curvature=0.0)
         per_sample = trial.losses.ndim == 1
-        quadratic = trial.tape.directional(line.direction, per_sample=per_sample)
+        quadratic = trial.recorder.directional(line.direction, per_sample=per_sample)
         samples = quadratic.per_sample or quadratic
         curvature = samples.curvature.double().abs().mean().item()
         c = curvature / line.squared_norm
@@ -79,10 +88,6 @@ class Rescaled(Wrapper):
             return "no curvature has been seen: the loss is linear along the direction"
         self._average, self._count = average, self._count + 1
         return Choice(r=abs(r), curvature=curvature)
-
-    def _may_fail(self, iteration: int) -> bool:
-        # The first curvature shows whether the model can be differentiated twice.
-        return self._count == 0
 
     def _own_state(self) -> dict[str, Any]:
         own = {"beta3": self.beta3, "average": self._average, "count": self._count}

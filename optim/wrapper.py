@@ -5,33 +5,46 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curvature import SideEffects, Tape
-from optim.direction import copy_state, proposer, restore_state
+from curvature import RandomState, SideEffects
+from optim.direction import proposer
 from optim.record import Records, StepRecord
+from optim.snapshot import Snapshot
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One evaluation of the loss, as the closure gave it."""
+class Recorder(Protocol):
+    """Runs the closure and gives the gradient; :class:`curvature.Tape` is one."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
+
+    def backward(self, losses: Tensor, params: Any) -> Any: ...
+
+
+R = TypeVar("R", bound=Recorder)
+
+
+@dataclass(frozen=True, eq=False)
+class Trial(Generic[R]):
+    """One evaluation of the loss: the closure, what it gave, and what recorded it."""
 
     iteration: int
-    tape: Tape
     closure: Callable[[], Tensor]
-    effects: SideEffects
+    recorder: R
+    random: RandomState
     params: list[Tensor]
     losses: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """The direction d of one step, the mean loss, <d, g> and ‖d‖²."""
 
@@ -49,7 +62,7 @@ class Choice:
     curvature: float | None
 
 
-class Wrapper(Optimizer):
+class Wrapper(Optimizer, Generic[R]):
     """The common part of :class:`optim.Rescaled` and :class:`optim.GeN`.
 
     ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own; ``group["lr"]``
@@ -95,7 +108,20 @@ class Wrapper(Optimizer):
         return self.base.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; its lr, if given, is its ell."""
+        """Add a group to the base optimizer; its lr, if given, is its ell.
+
+        Raises:
+            TypeError, ValueError: the group cannot be wrapped; the message says why.
+
+        Example:
+            >>> import torch
+            >>> from optim import Rescaled
+            >>> a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = Rescaled(torch.optim.SGD([a], lr=0.1))
+            >>> optimizer.add_param_group({"params": [b], "lr": 0.25})
+            >>> [group["lr"] for group in optimizer.param_groups]
+            [0.5, 0.25]
+        """
         group = dict(param_group)
         params = group["params"]
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -116,13 +142,24 @@ class Wrapper(Optimizer):
         Returns:
             What the closure returned, without graph. ``p.grad`` holds the gradient of the mean.
 
-        If a loss or gradient is NaN or infinite, parameters, buffers, optimizer state and random
-        state stay as before; the step is counted in ``skipped``, recorded, and warned of. If the
-        closure raises, likewise, and the exception goes on to the caller. A step can also be
-        skipped after the base has advanced, where the wrapper finds no length for it.
+        A step is skipped if a loss or gradient is NaN or infinite, or if no step length follows
+        from the curvature: parameters and ``p.grad``, buffers, optimizer and random state are
+        then as before the step, and it is counted in ``skipped``, recorded and warned of. If the
+        closure raises, likewise, and the exception goes on to the caller. Draw the batch outside
+        the closure: one that draws it from a global generator would draw the same again.
 
         Raises:
             TypeError, ValueError: no closure, or it returned no usable loss.
+
+        Example:
+            >>> import torch
+            >>> from optim import Rescaled
+            >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> optimizer = Rescaled(torch.optim.SGD([x]))
+            >>> optimizer.step(lambda: x**2)  # one loss per sample
+            tensor([1., 4.])
+            >>> x.detach()
+            tensor([0., 0.])
         """
         if closure is None:
             raise TypeError(
@@ -132,26 +169,42 @@ class Wrapper(Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         iteration = self.iteration + 1
         with SideEffects() as effects:
-            with Tape() as tape:
+            recorder = self._recorder()
+            with recorder:
                 losses = closure()
-            grads = _gradient(tape, losses, params)
+            grads = _gradient(recorder, losses, params)
             losses = losses.detach()
             if isinstance(grads, str):
                 record = StepRecord(iteration, skipped=grads)
             else:
-                trial = Trial(iteration, tape, closure, effects, params, losses)
-                with self._undone_if_it_fails(trial):
-                    record = self._advance(trial, grads)
-                effects.keep()
+                trial = Trial(iteration, closure, recorder, effects.random, params, losses)
+                record = self._advance(trial, grads)
+                if record.skipped is None:
+                    effects.keep()
         self.iteration = iteration
         self.records.append(record)
         if record.skipped is not None:
             self.skipped += 1
-            message = f"step {iteration} skipped, parameters unchanged: {record.skipped}"
+            message = f"step {iteration} skipped, nothing changed: {record.skipped}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         return losses
 
-    def _advance(self, trial: Trial, grads: list[Tensor | None]) -> StepRecord:
+    def _advance(self, trial: Trial[R], grads: list[Tensor | None]) -> StepRecord:
+        """Go along the base's direction, or leave base, gradients and own numbers as before."""
+        before = Snapshot(self.base)
+        own, old_grads = self._own_state(), [p.grad for p in trial.params]
+        record = None
+        try:
+            record = self._go(trial, grads)
+        finally:
+            if record is None or record.skipped is not None:
+                before.restore()
+                self._load_own_state(own)
+                for p, g in zip(trial.params, old_grads, strict=True):
+                    p.grad = g
+        return record
+
+    def _go(self, trial: Trial[R], grads: list[Tensor | None]) -> StepRecord:
         """Ask the base for a direction and go along it as far as the choice says."""
         for p, g in zip(trial.params, grads, strict=True):
             p.grad = g
@@ -162,42 +215,30 @@ class Wrapper(Optimizer):
         value = trial.losses.double().mean().item()
         slope = _inner(direction, grads)
         line = Line(direction, value, slope, squared_norm=_inner(direction, direction))
+        record = StepRecord(trial.iteration, value)
         if not math.isfinite(slope) or not math.isfinite(line.squared_norm):
-            reason = "the direction of the base optimizer is NaN or infinite"
-            return StepRecord(trial.iteration, value, skipped=reason)
-        choice = self._choose(trial, line)
+            return replace(record, skipped="the direction of the base optimizer is NaN or infinite")
+        # Differentiating may evaluate checkpointed modules again, and so their statistics.
+        with SideEffects():
+            choice = self._choose(trial, line)
+        record = replace(record, slope=slope)
         if isinstance(choice, str):
-            return StepRecord(trial.iteration, value, slope, skipped=choice)
+            return replace(record, skipped=choice)
         step = min(ell * choice.r, self._proposer.limit(ratios))
+        record = replace(record, curvature=choice.curvature, r=choice.r)
         largest = min(torch.finfo(d.dtype).max for d in direction)
         if not abs(step) * max(1.0, math.sqrt(line.squared_norm)) < largest:
-            reason = f"a step of {step:.1e} overflows the parameters' dtype"
-            return StepRecord(
-                trial.iteration, value, slope, choice.curvature, choice.r, 0.0, reason
-            )
+            return replace(record, skipped=f"a step of {step:.1e} overflows the parameters' dtype")
         self._proposer.move(step)
-        return StepRecord(trial.iteration, value, slope, choice.curvature, choice.r, step)
+        return replace(record, step=step)
 
     @abstractmethod
-    def _choose(self, trial: Trial, line: Line) -> Choice | str:
+    def _recorder(self) -> R:
+        """What runs the closure and differentiates its losses."""
+
+    @abstractmethod
+    def _choose(self, trial: Trial[R], line: Line) -> Choice | str:
         """The factor r for this step, or why the parameters must stay where they are."""
-
-    @abstractmethod
-    def _may_fail(self, iteration: int) -> bool:
-        """Whether choosing this step runs what has not run before, so that it may raise."""
-
-    @contextmanager
-    def _undone_if_it_fails(self, trial: Trial) -> Iterator[None]:
-        grads = [p.grad for p in trial.params]
-        state = copy_state(self.base) if self._may_fail(trial.iteration) else None
-        try:
-            yield
-        except BaseException:
-            for p, g in zip(trial.params, grads, strict=True):
-                p.grad = g
-            if state is not None:
-                restore_state(self.base, state)
-            raise
 
     def _own_state(self) -> dict[str, Any]:
         return {"iteration": self.iteration, "skipped": self.skipped}
@@ -206,7 +247,17 @@ class Wrapper(Optimizer):
         self.iteration, self.skipped = state["iteration"], state["skipped"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's ``state_dict``, and beside it the wrapper's own numbers."""
+        """The base optimizer's ``state_dict``, and beside it the wrapper's own numbers.
+
+        Example:
+            >>> import torch
+            >>> from optim import GeN
+            >>> optimizer = GeN(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+            >>> saved = optimizer.state_dict()
+            >>> saved["wrapper"]["eta"]
+            0.001
+            >>> optimizer.load_state_dict(saved)
+        """
         own = {"kind": type(self).__name__, **self._own_state()}
         return {**self.base.state_dict(), "wrapper": own}
 
@@ -215,6 +266,8 @@ class Wrapper(Optimizer):
 
         Raises:
             ValueError: it comes from another kind of optimizer; nothing has changed then.
+
+        Example: see :meth:`state_dict`.
         """
         own = state_dict.get("wrapper", {"kind": "an optimizer that is not wrapped"})
         if own["kind"] != type(self).__name__:
@@ -234,24 +287,26 @@ class Wrapper(Optimizer):
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
     """<left, right> in float64; None is zero."""
-    return sum(
-        (a.double() * b.double()).sum().item()
-        for a, b in zip(left, right, strict=True)
-        if b is not None
-    )
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
+    return _sum([(a.double() * b.double()).sum() for a, b in pairs])
 
 
-def _gradient(tape: Tape, losses: Any, params: list[Tensor]) -> list[Tensor | None] | str:
+def _sum(numbers: Sequence[Tensor]) -> float:
+    if not numbers:
+        return 0.0
+    return torch.stack([x.to(numbers[0].device) for x in numbers]).sum().item()
+
+
+def _gradient(recorder: Recorder, losses: Any, params: list[Tensor]) -> list[Tensor | None] | str:
     """The gradient of the mean loss, or why the step must be skipped."""
     if isinstance(losses, Tensor) and losses.is_floating_point() and losses.numel() > 0:
         bad = int((~torch.isfinite(losses)).sum())
         if bad:
             return f"{bad} of {losses.numel()} losses are NaN or infinite"
-    grads: list[Tensor | None] = tape.backward(losses, params)
-    for g in grads:
-        # The square must be finite too: preconditioners that hold it would never recover.
-        if g is not None and not math.isfinite(g.square().sum().item()):
-            return "the gradient, or its square, is NaN or infinite"
+    grads: list[Tensor | None] = recorder.backward(losses, params)
+    # The square must be finite too: preconditioners that hold it would never recover.
+    if not math.isfinite(_sum([g.square().sum().double() for g in grads if g is not None])):
+        return "the gradient, or its square, is NaN or infinite"
     return grads
 
 

@@ -8,14 +8,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "curvature": [
-        {"errors", "quadratic", "trees", "losses", "side_effects", "objective", "differentiable"},
-        {"reference"},
+        {"errors", "quadratic", "trees", "losses", "side_effects", "reevaluation", "objective"},
+        {"differentiable", "audit"},
+        {"gradient", "reference"},
         {"tape"},
-        {"directional", "fit"},
-        {"hvp", "testing"},
+        {"recorded", "fit"},
+        {"directional", "hvp"},
+        {"testing"},
     ],
     "optim": [
-        {"din", "direction", "record"},
+        {"din", "snapshot", "record"},
+        {"direction"},
         {"inna", "innaprop", "wrapper"},
         {"rescaled", "gen"},
     ],

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from curvature import NotTwiceDifferentiable
-from optim import INNA, GeN, INNAprop, Rescaled
+from optim import INNA, GeN, INNAprop, Records, Rescaled
 
 F64 = torch.float64
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -163,7 +164,7 @@ def test_faults_change_nothing_and_training_goes_on(base: str, wrapper: str) -> 
         (infinite_gradient, "the gradient"),
         (overflow, "its square"),
     ):
-        with pytest.warns(RuntimeWarning, match=f"parameters unchanged: .*{reason}"):
+        with pytest.warns(RuntimeWarning, match=f"nothing changed: .*{reason}"):
             optimizer.step(closure)
         assert_same(problem.snapshot(optimizer), before)
         assert optimizer.records[-1].step == 0
@@ -331,6 +332,24 @@ class NeedsClosure(torch.optim.SGD):
         closure()
 
 
+class KeyedByIdentity(torch.optim.SGD):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.scales = {id(p): 1.0 for group in self.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"] * self.scales[id(p)])
+
+
+class Lookahead(torch.optim.SGD):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.inner = torch.optim.SGD(self.param_groups)
+
+
 class StepsOthers(torch.optim.SGD):
     def __init__(self, params: Any) -> None:
         super().__init__(params)
@@ -349,7 +368,8 @@ class StepsOthers(torch.optim.SGD):
         (Sign, "not linear in lr"),
         (Averaged, "not linear in lr"),
         (FixedDecay, "not linear in lr"),
-        (NeedsClosure, "cannot step from gradients alone"),
+        (NeedsClosure, "cannot step copies .* missing 1 required positional"),
+        (KeyedByIdentity, r"cannot step copies .* KeyError"),
         (StepsOthers, "steps other tensors"),
     ],
 )
@@ -360,8 +380,142 @@ def test_other_steps_are_refused_at_the_first(base: type, message: str, wrapper:
     before = problem.snapshot(optimizer)
     with pytest.raises(TypeError, match=message):
         optimizer.step(lambda: problem.losses(0))
-    params, _, state, _ = problem.snapshot(optimizer)
-    assert_same((params, state), (before[0], before[2]))
+    assert_same(problem.snapshot(optimizer), before)
+    assert optimizer.iteration == 0
+
+
+class Counts(torch.optim.SGD):
+    """Counts its steps in its state, in its groups and in itself."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, momentum=0.9)
+        self.steps = torch.zeros(())
+        self.log = [self.param_groups[0]["params"][0], {"steps": 0}]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.steps += 1
+        self.log[1]["steps"] += 1
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+
+    def counts(self) -> tuple[int, int, int]:
+        return int(self.steps), self.log[1]["steps"], self.param_groups[0].get("steps", 0)
+
+
+class Periodic(Counts):
+    """At every fifth step it goes back towards where it started."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        if self.steps % 5 == 0:
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.5)
+
+
+@every_wrapper
+def test_state_anywhere_advances_once_a_step(wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(2))
+    base = Counts([p])
+    optimizer = WRAPPERS[wrapper](base)
+    for k in range(3):
+        assert base.counts() == (k, k, k)
+        optimizer.step(lambda: (p - 3).square().sum())
+    assert base.log[0] is p
+    with pytest.raises(IndexError):
+        optimizer.step(lambda: (p - 3).square().sum()[5])
+    with pytest.warns(RuntimeWarning):
+        optimizer.step(lambda: (p * torch.nan).sum())
+    assert base.counts() == (3, 3, 3)
+
+
+@every_wrapper
+def test_a_periodic_optimizer_is_refused_at_its_period(wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(2))
+    base = Periodic([p])
+    optimizer = WRAPPERS[wrapper](base)
+    for _ in range(4):
+        optimizer.step(lambda: (p - 3).square().sum())
+    before = p.detach().clone()
+    with pytest.raises(TypeError, match="not linear in lr"):
+        optimizer.step(lambda: (p - 3).square().sum())
+    assert torch.equal(p, before)
+    assert base.counts() == (4, 4, 4)
+
+
+class Diverges(torch.optim.SGD):
+    """Its direction is NaN wherever the gradient is above 1."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["calls"] = self.state[p].get("calls", 0) + 1
+            p.sub_((1 - p.grad).sqrt(), alpha=self.param_groups[0]["lr"])
+
+
+@every_wrapper
+def test_a_direction_that_is_nan_is_skipped(wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = WRAPPERS[wrapper](Diverges([p]))
+    for size in (9.0, 0.1, 9.0):
+        before = p.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+        if size > 1:
+            with pytest.warns(RuntimeWarning, match="direction of the base optimizer is NaN"):
+                optimizer.step(lambda size=size: (size * p + p.square() / 9).sum())
+            assert_same((p.detach(), optimizer.state_dict()["state"]), before)
+        else:
+            optimizer.step(lambda size=size: (size * p + p.square() / 9).sum())
+            assert optimizer.state[p]["calls"] == 1
+            assert not torch.equal(p, before[0])
+
+
+def test_a_model_that_turns_non_differentiable_later_costs_nothing() -> None:
+    problem = Problem()
+    optimizer = Rescaled(torch.optim.Adam(problem.groups()))
+    problem.train(optimizer, range(2))
+    before = problem.snapshot(optimizer), optimizer.state_dict()["wrapper"]
+    with pytest.raises(NotTwiceDifferentiable, match="hardsigmoid"):
+        optimizer.step(lambda: F.hardsigmoid(problem.losses(0)))
+    assert_same(problem.snapshot(optimizer), before[0])
+    assert optimizer.state_dict()["wrapper"] == before[1]
+
+
+@every_wrapper
+def test_the_callers_attention_kernels_serve_gen_and_never_change(wrapper: str) -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(1, 1, 3, 2))
+    flash = torch.backends.cuda.flash_sdp_enabled
+    seen = []
+
+    def closure() -> Tensor:
+        seen.append(flash())
+        return F.scaled_dot_product_attention(p, p, p).square().sum()
+
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD([p]))
+    for _ in range(2):
+        optimizer.step(closure)
+    assert seen == {"Rescaled": [False, False], "GeN": [True] * 4}[wrapper]
+    assert flash()
+
+
+@every_wrapper
+def test_checkpointed_statistics_advance_as_in_plain_training(wrapper: str) -> None:
+    def make() -> tuple[nn.Module, Callable[[], Tensor]]:
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        x = torch.randn(8, 4)
+        return block, lambda: checkpoint(block, x, use_reentrant=False).square().sum(1)
+
+    block, closure = make()
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD(block.parameters()))
+    for _ in range(2):
+        optimizer.step(closure)
+    twin, closure = make()
+    for _ in range(2):
+        closure().mean().backward()
+    assert block[1].num_batches_tracked == twin[1].num_batches_tracked
+    assert optimizer.skipped == 0
 
 
 @pytest.mark.parametrize("size", [1e-8, 1e-12, 1e-14])
@@ -375,9 +529,12 @@ def test_small_gradients_keep_their_digits(size: float) -> None:
 def test_a_step_beyond_the_parameters_dtype_is_skipped() -> None:
     p = nn.Parameter(torch.ones(1))
     optimizer = Rescaled(torch.optim.SGD([p]))
+    before = optimizer.state_dict()["wrapper"]
     with pytest.warns(RuntimeWarning, match="overflows"):
         optimizer.step(lambda: (p + 1e-41 * p**2).sum())
     assert p.item() == 1
+    assert p.grad is None
+    assert optimizer.state_dict()["wrapper"] == {**before, "iteration": 1, "skipped": 1}
     optimizer.step(lambda: (p - 3).square().sum())
     assert p.item() == pytest.approx(3)
 
@@ -408,6 +565,8 @@ def test_bad_bases(wrapper: str) -> None:
     p = nn.Parameter(torch.ones(1))
     with pytest.raises(TypeError, match="base is a list"):
         wrap([p])
+    with pytest.raises(TypeError, match=r"holds another optimizer as 'inner'.*wrap that one"):
+        wrap(Lookahead([p]))
     with pytest.raises(TypeError, match="base is a Rescaled, which already chooses"):
         wrap(Rescaled(torch.optim.SGD([p])))
     with pytest.raises(ValueError, match="negate the loss"):
@@ -440,3 +599,16 @@ def test_records_as_json_lines(wrapper: str, tmp_path: Path) -> None:
     assert lines[2]["skipped"] is None
     assert "NaN or infinite" in lines[3]["skipped"]
     assert len(optimizer.records) == 4
+    assert [record.iteration for record in optimizer.records[1:3]] == [2, 3]
+
+
+@every_wrapper
+def test_records_streamed_to_a_file(wrapper: str, tmp_path: Path) -> None:
+    problem = Problem()
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD(problem.groups()))
+    optimizer.records = Records(keep=1, path=tmp_path / "records.jsonl")
+    problem.train(optimizer, range(3))
+    assert [record.iteration for record in optimizer.records] == [3]
+    lines = (tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]
+    assert pickle.loads(pickle.dumps(optimizer)).records[-1] == optimizer.records[-1]
