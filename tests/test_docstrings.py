@@ -1,0 +1,34 @@
+"""Every public class, function and method says what it does and shows it in an example."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import curvature
+import curvature.testing
+import optim
+
+TESTING = [curvature.testing.check_directional, curvature.testing.finite_difference]
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    exported = [
+        getattr(package, name) for package in (curvature, optim) for name in package.__all__
+    ]
+    for thing in exported + TESTING:
+        yield thing.__qualname__, thing
+        if inspect.isclass(thing):
+            for name, method in inspect.getmembers(thing, inspect.isfunction):
+                if not name.startswith("_") and method.__module__.split(".")[0] in (
+                    "curvature",
+                    "optim",
+                ):
+                    yield method.__qualname__, method
+
+
+@pytest.mark.parametrize("thing", [pytest.param(thing, id=name) for name, thing in public()])
+def test_has_an_example(thing: Any) -> None:
+    assert thing.__doc__
+    assert ">>>" in thing.__doc__ or "Example: see" in thing.__doc__
