@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.modules import activation, batchnorm, instancenorm, normalization
+from torch.nn.modules import activation, batchnorm, instancenorm, normalization, pooling
 from torch.nn.modules import loss as losses
 
-from curvature import NotTwiceDifferentiable, directional
+from curvature import NotTwiceDifferentiable, Objective, directional, hvp
 from curvature.testing import check_directional
 
 F64 = torch.float64
@@ -66,13 +66,14 @@ ARGUMENTS = {"Threshold": (0.5, 0.1)}
 ACTIVATIONS = sorted(set(activation.__all__) - {"MultiheadAttention"})
 
 
-seeds = given(seed=st.integers(0, 9999))
+SEEDS = st.integers(0, 9999)
+seeds = given(seed=SEEDS)
 few = settings(max_examples=5)
 
 
 @pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - REFUSED))
 @few
-@given(batch=st.integers(1, 3), width=st.integers(1, 3), seed=st.integers(0, 9999))
+@given(batch=st.integers(1, 3), width=st.integers(1, 3), seed=SEEDS)
 def test_activation(name: str, batch: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     module = getattr(nn, name)(*ARGUMENTS.get(name, ()))
@@ -94,7 +95,7 @@ def test_gelu_with_tanh() -> None:
     batch=st.integers(1, 4),
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     bias=st.booleans(),
-    seed=st.integers(0, 99),
+    seed=SEEDS,
 )
 def test_linear(batch: int, sizes: tuple[int, int], bias: bool, seed: int) -> None:
     torch.manual_seed(seed)
@@ -108,7 +109,7 @@ def test_linear(batch: int, sizes: tuple[int, int], bias: bool, seed: int) -> No
     dilation=st.integers(1, 2),
     groups=st.sampled_from([1, 2]),
     transposed=st.booleans(),
-    seed=st.integers(0, 99),
+    seed=SEEDS,
 )
 def test_convolution(
     dims: int, stride: int, padding: int, dilation: int, groups: int, transposed: bool, seed: int
@@ -182,80 +183,141 @@ POOLS: dict[str, tuple[tuple, dict]] = {
 }
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("name", POOLS)
-def test_pooling(name: str, dims: int) -> None:
-    if (name, dims) == ("FractionalMaxPool", 1):
-        assert not hasattr(nn, "FractionalMaxPool1d")
-        return
+POOL_CASES = [(name, dims) for name in POOLS for dims in (1, 2, 3) if hasattr(nn, f"{name}{dims}d")]
+small = settings(max_examples=8)
+
+
+@pytest.mark.parametrize(("name", "dims"), POOL_CASES)
+@few
+@given(batch=st.integers(1, 3), channels=st.integers(1, 2), extra=st.integers(0, 1), seed=SEEDS)
+def test_pooling(name: str, dims: int, batch: int, channels: int, extra: int, seed: int) -> None:
+    torch.manual_seed(seed)
     args, options = POOLS[name]
-    check_module(
-        getattr(nn, f"{name}{dims}d")(*args, **options), distinct(2, 2, *[4] * dims), step=0.05
-    )
+    x = distinct(batch, channels, *[4] * (dims - 1), 4 + extra)
+    check_module(getattr(nn, f"{name}{dims}d")(*args, **options), x, step=0.05)
+
+
+def test_every_pool_is_listed() -> None:
+    every = {name.rstrip("123d") for name in pooling.__all__}
+    assert every - {"MaxUnpool"} == set(POOLS)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_unpooling(dims: int) -> None:
+@few
+@given(batch=st.integers(1, 3), size=st.sampled_from([2, 4]), seed=SEEDS)
+def test_unpooling(dims: int, batch: int, size: int, seed: int) -> None:
     class Unpool(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             pooled, indices = getattr(F, f"max_pool{dims}d")(x, 2, return_indices=True)
             return getattr(F, f"max_unpool{dims}d")(pooled, indices, 2)
 
-    check_module(Unpool(), distinct(2, 1, *[4] * dims), step=0.05)
+    torch.manual_seed(seed)
+    check_module(Unpool(), distinct(batch, 1, *[4] * (dims - 1), size), step=0.05)
 
 
 @pytest.mark.parametrize("name", ["PairwiseDistance", "CosineSimilarity"])
-def test_distance(name: str) -> None:
+@small
+@given(batch=st.integers(1, 3), width=st.integers(2, 4), seed=SEEDS)
+def test_distance(name: str, batch: int, width: int, seed: int) -> None:
     class Pairs(nn.Module):
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return getattr(nn, name)()(x, y).unsqueeze(1)
 
-    check_module(Pairs(), torch.randn(3, 4, dtype=F64), torch.randn(3, 4, dtype=F64))
+    torch.manual_seed(seed)
+    check_module(Pairs(), normal(batch, width), normal(batch, width), step=0.01)
 
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
-def test_recurrent_cell(name: str) -> None:
-    check_module(getattr(nn, name)(3, 4), torch.randn(2, 3, dtype=F64))
+@few
+@given(batch=st.integers(1, 3), width=st.integers(1, 4), seed=SEEDS)
+def test_recurrent_cell(name: str, batch: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_module(getattr(nn, name)(width, 4), normal(batch, width))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_scaled_dot_product_attention(causal: bool) -> None:
-    query, key, value = (torch.randn(2, 2, 4, 3, dtype=F64) for _ in range(3))
+@small
+@given(
+    heads=st.integers(1, 2),
+    lengths=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    width=st.integers(1, 3),
+    causal=st.booleans(),
+    seed=SEEDS,
+)
+def test_scaled_dot_product_attention(
+    heads: int, lengths: tuple[int, int], width: int, causal: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    queries, keys = lengths
 
     def func(p: dict) -> torch.Tensor:
         return bend(F.scaled_dot_product_attention(p["q"], p["k"], p["v"], is_causal=causal))
 
-    params = {"q": query, "k": key, "v": value}
+    params = {
+        "q": normal(2, heads, queries, width),
+        "k": normal(2, heads, keys, width),
+        "v": normal(2, heads, keys, width + 1),
+    }
     check_directional(func, params, {k: torch.randn_like(p) for k, p in params.items()})
 
 
 @pytest.mark.parametrize("name", ["attention", "encoder", "decoder"])
-def test_attention_modules(name: str) -> None:
+@few
+@given(batch=st.integers(1, 2), length=st.integers(1, 3), heads=st.integers(1, 3), seed=SEEDS)
+def test_attention_modules(name: str, batch: int, length: int, heads: int, seed: int) -> None:
+    torch.manual_seed(seed)
     make, copies = {
         "attention": (nn.MultiheadAttention, 3),
         "encoder": (nn.TransformerEncoderLayer, 1),
         "decoder": (nn.TransformerDecoderLayer, 2),
     }[name]
     options = {} if name == "attention" else {"dim_feedforward": 8, "activation": F.gelu}
-    module = make(6, 2, dropout=0.3, batch_first=True, **options)
-    check_module(module, *[torch.randn(2, 3, 6, dtype=F64)] * copies)
+    module = make(6, heads, dropout=0.3, batch_first=True, **options)
+    check_module(module, *[normal(batch, length, 6)] * copies)
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_recurrent(name: str) -> None:
-    module = getattr(nn, name)(3, 4, num_layers=2, batch_first=True)
-    check_module(module, torch.randn(2, 5, 3, dtype=F64))
+@few
+@given(batch=st.integers(1, 2), length=st.integers(1, 4), both=st.booleans(), seed=SEEDS)
+def test_recurrent(name: str, batch: int, length: int, both: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    module = getattr(nn, name)(3, 4, num_layers=2, batch_first=True, bidirectional=both)
+    check_module(module, normal(batch, length, 3))
 
 
-def test_embedding() -> None:
-    indices = torch.tensor([[0, 3, 3], [1, 0, 2]])
-    check_module(nn.Embedding(5, 4, padding_idx=4), indices)
+@small
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.sampled_from([None, 0, 4]),
+    seed=SEEDS,
+)
+def test_embedding(shape: tuple[int, int], padding: int | None, seed: int) -> None:
+    torch.manual_seed(seed)
+    module = nn.Embedding(5, 3, padding_idx=padding).to(F64)
+    indices = torch.randint(5, shape)
+    # What the gradient of a padding row is held at, zero, is not what differences see there.
+    still = {"weight": torch.ones(5, 3, dtype=F64)}
+    if padding is not None:
+        still["weight"][padding] = 0
+    params = dict(module.named_parameters())
+    direction = {"weight": torch.randn(5, 3, dtype=F64) * still["weight"]}
+    func = lambda p: bend(torch.func.functional_call(module, p, (indices,)))  # noqa: E731
+    check_directional(func, params, direction)
+
+
+def test_embedding_bag_is_refused() -> None:
     with pytest.raises(NotTwiceDifferentiable, match=r"_embedding_bag_.*backward"):
-        check_module(nn.EmbeddingBag(5, 4, mode="mean"), indices)
+        check_module(nn.EmbeddingBag(5, 4, mode="mean"), torch.tensor([[0, 3, 3], [1, 0, 2]]))
 
 
-def test_bilinear() -> None:
-    check_module(nn.Bilinear(3, 2, 4), torch.randn(3, 3, dtype=F64), torch.randn(3, 2, dtype=F64))
+@small
+@given(
+    batch=st.integers(1, 3),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    seed=SEEDS,
+)
+def test_bilinear(batch: int, sizes: tuple[int, int, int], seed: int) -> None:
+    torch.manual_seed(seed)
+    check_module(nn.Bilinear(*sizes), normal(batch, sizes[0]), normal(batch, sizes[1]))
 
 
 def positive(*shape: int) -> torch.Tensor:
@@ -270,47 +332,56 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=F64)
 
 
+def labels(batch: int, classes: int) -> torch.Tensor:
+    return torch.randint(classes, (batch,))
+
+
 # Inputs of each loss: those that move along the direction, those that stay, and options.
-LOSSES: dict[str, Callable[[], tuple[list[torch.Tensor], list[torch.Tensor], dict]]] = {
-    "L1Loss": lambda: ([away_from_kinks(4, 3)], [torch.zeros(4, 3, dtype=F64)], {}),
-    "NLLLoss": lambda: ([normal(4, 3)], [torch.tensor([0, 2, 1, 1])], {}),
-    "PoissonNLLLoss": lambda: ([normal(4, 3)], [positive(4, 3)], {"full": True}),
-    "GaussianNLLLoss": lambda: ([normal(4, 3), normal(4, 3), positive(4, 3)], [], {}),
-    "KLDivLoss": lambda: ([normal(4, 3)], [normal(4, 3)], {"log_target": True}),
-    "MSELoss": lambda: ([normal(4, 3), normal(4, 3)], [], {}),
-    "BCELoss": lambda: ([positive(4, 3) / 2], [positive(4, 3) / 2], {}),
-    "BCEWithLogitsLoss": lambda: (
-        [normal(4, 3)],
-        [positive(4, 3) / 2],
-        {"pos_weight": positive(3)},
+Case = tuple[list[torch.Tensor], list[torch.Tensor], dict]
+LOSSES: dict[str, Callable[[int, int], Case]] = {
+    "L1Loss": lambda n, k: ([away_from_kinks(n, k)], [torch.zeros(n, k, dtype=F64)], {}),
+    "NLLLoss": lambda n, k: ([normal(n, k)], [labels(n, k)], {}),
+    "PoissonNLLLoss": lambda n, k: ([normal(n, k)], [positive(n, k)], {"full": True}),
+    "GaussianNLLLoss": lambda n, k: ([normal(n, k), normal(n, k), positive(n, k)], [], {}),
+    "KLDivLoss": lambda n, k: ([normal(n, k)], [normal(n, k)], {"log_target": True}),
+    "MSELoss": lambda n, k: ([normal(n, k), normal(n, k)], [], {}),
+    "BCELoss": lambda n, k: ([positive(n, k) / 2], [positive(n, k) / 2], {}),
+    "BCEWithLogitsLoss": lambda n, k: (
+        [normal(n, k)],
+        [positive(n, k) / 2],
+        {"pos_weight": positive(k)},
     ),
-    "HingeEmbeddingLoss": lambda: ([away_from_kinks(4, 3)], [signs(4, 3)], {}),
-    "MultiLabelMarginLoss": lambda: ([normal(4, 3)], [torch.tensor([[1, 2, -1]] * 4)], {}),
-    "SmoothL1Loss": lambda: ([away_from_kinks(4, 3)], [torch.zeros(4, 3, dtype=F64)], {}),
-    "HuberLoss": lambda: ([away_from_kinks(4, 3)], [torch.zeros(4, 3, dtype=F64)], {}),
-    "SoftMarginLoss": lambda: ([normal(4, 3)], [signs(4, 3)], {}),
-    "CrossEntropyLoss": lambda: (
-        [normal(4, 3)],
-        [torch.tensor([0, 2, -100, 1])],
-        {"weight": positive(3), "label_smoothing": 0.1},
+    "HingeEmbeddingLoss": lambda n, k: ([away_from_kinks(n, k)], [signs(n, k)], {}),
+    "MultiLabelMarginLoss": lambda n, k: ([normal(n, k)], [torch.full((n, k), -1)], {}),
+    "SmoothL1Loss": lambda n, k: ([away_from_kinks(n, k)], [torch.zeros(n, k, dtype=F64)], {}),
+    "HuberLoss": lambda n, k: ([away_from_kinks(n, k)], [torch.zeros(n, k, dtype=F64)], {}),
+    "SoftMarginLoss": lambda n, k: ([normal(n, k)], [signs(n, k)], {}),
+    "CrossEntropyLoss": lambda n, k: (
+        [normal(n + 1, k)],
+        [torch.cat([labels(n, k), torch.tensor([-100])])],
+        {"weight": positive(k), "label_smoothing": 0.1},
     ),
-    "MultiLabelSoftMarginLoss": lambda: ([normal(4, 3)], [positive(4, 3) / 2], {}),
-    "CosineEmbeddingLoss": lambda: (
-        [normal(4, 3), normal(4, 3)],
-        [torch.ones(4, dtype=F64)],
+    "MultiLabelSoftMarginLoss": lambda n, k: ([normal(n, k)], [positive(n, k) / 2], {}),
+    "CosineEmbeddingLoss": lambda n, k: (
+        [normal(n, k), normal(n, k)],
+        [torch.ones(n, dtype=F64)],
         {},
     ),
-    "MarginRankingLoss": lambda: (
-        [away_from_kinks(4), torch.zeros(4, dtype=F64)],
-        [signs(4)],
+    "MarginRankingLoss": lambda n, k: (
+        [away_from_kinks(n), torch.zeros(n, dtype=F64)],
+        [signs(n)],
         {},
     ),
-    "MultiMarginLoss": lambda: ([normal(4, 3)], [torch.tensor([0, 2, 1, 1])], {}),
-    "TripletMarginLoss": lambda: ([normal(4, 3) for _ in range(3)], [], {}),
-    "TripletMarginWithDistanceLoss": lambda: ([normal(4, 3) for _ in range(3)], [], {}),
-    "CTCLoss": lambda: (
-        [normal(6, 2, 4).log_softmax(-1)],
-        [torch.tensor([[1, 2], [3, 1]]), torch.tensor([6, 6]), torch.tensor([2, 2])],
+    "MultiMarginLoss": lambda n, k: ([normal(n, k)], [labels(n, k)], {}),
+    "TripletMarginLoss": lambda n, k: ([normal(n, k) for _ in range(3)], [], {"margin": 9.0}),
+    "TripletMarginWithDistanceLoss": lambda n, k: (
+        [normal(n, k) for _ in range(3)],
+        [],
+        {"margin": 9.0},
+    ),
+    "CTCLoss": lambda n, k: (
+        [normal(6, n, k + 1).log_softmax(-1)],
+        [labels(n, k)[:, None] + 1, torch.full((n,), 6), torch.full((n,), 1)],
         {},
     ),
 }
@@ -335,8 +406,11 @@ def test_linear_cross_entropy() -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_loss(name: str, reduction: str) -> None:
-    moving, fixed, options = LOSSES[name]()
+@few
+@given(batch=st.integers(1, 4), width=st.integers(2, 4), seed=SEEDS)
+def test_loss(name: str, reduction: str, batch: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    moving, fixed, options = LOSSES[name](batch, width)
     if (name, reduction) == ("KLDivLoss", "mean"):
         reduction = "batchmean"
     module = getattr(nn, name)(reduction=reduction, **options)
@@ -352,3 +426,43 @@ def test_loss(name: str, reduction: str) -> None:
             directional(func, moving, direction)
     else:
         check_directional(func, moving, direction, step=0.01)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convolutional": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+        ),
+        (8, 1, 6, 6),
+    ),
+    "attention": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu"),
+        (5, 4, 8),
+    ),
+    "recurrent": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5, 2)), (6, 4, 3)),
+    "normalised": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(2, 8), nn.SELU()), (7, 6)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@few
+@seeds
+def test_single_precision_is_double_precision_to_rounding(name: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    make, shape = MODELS[name]
+    model, x = make(), torch.randn(shape)
+    v = {key: torch.randn_like(p) for key, p in model.named_parameters()}
+    answers = []
+    for dtype in (torch.float32, F64):
+        inputs = x.to(dtype)
+        J = Objective(
+            model.to(dtype), lambda y, _: bend(y[0] if isinstance(y, tuple) else y), (inputs, None)
+        )
+        direction = {key: u.to(dtype) for key, u in v.items()}
+        q = directional(J, J.params, direction, per_sample=True)
+        product = torch.cat([h.flatten() for h in hvp(J, J.params, direction).values()])
+        answers.append([q.slope, q.curvature, q.per_sample.slope, q.per_sample.curvature, product])
+    for single, double in zip(*answers, strict=True):
+        assert single.dtype == torch.float32
+        gap = (single.double() - double).abs().max()
+        assert gap <= 2e-5 * double.abs().max()
