@@ -1,5 +1,6 @@
 """Exact directional curvature of any PyTorch model."""
 
+from curvature import testing
 from curvature.directional import directional
 from curvature.errors import NonFiniteLoss, NotTwiceDifferentiable
 from curvature.fit import fit
@@ -22,4 +23,5 @@ __all__ = [
     "fit",
     "gradient",
     "hvp",
+    "testing",
 ]

@@ -1,4 +1,4 @@
-"""Refuse derivatives through a checkpointed module that no longer has its parameters."""
+"""Refuse derivatives through a checkpointed module whose parameters have become others."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 class Reevaluation:
     """Compares what modules hold when evaluated, and when evaluated again by a derivative.
 
-    ``torch.func.functional_call`` lends a module its parameters for the call. Checkpointing
-    evaluates the module again during the derivative, with the module's own: where these have
-    other values, PyTorch computes a wrong gradient without an error.
+    Checkpointing evaluates a module again during the derivative, with the parameters that it
+    has then. Where these have other values, PyTorch computes a wrong derivative without an
+    error: after a step, or where ``torch.func.functional_call`` had lent them for the first call.
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[nn.Module, str], list[Tensor]] = {}
+        self._held: dict[tuple[nn.Module, str], list[tuple[Tensor, int]]] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -30,25 +30,27 @@ class Reevaluation:
 
     @contextmanager
     def compared(self) -> Iterator[None]:
-        """Inside, a module that is called with tensors of other values raises a ValueError."""
+        """Inside, a module that is called with other values raises a ValueError."""
         with _before_each_module(self._compare):
             yield
 
     def _note(self, module: nn.Module) -> None:
         for name, tensor in _tensors(module):
             held = self._held.setdefault((module, name), [])
-            if not any(tensor is other for other in held):
-                held.append(tensor)
+            if not any(tensor is other for other, _ in held):
+                held.append((tensor, tensor._version))
 
     def _compare(self, module: nn.Module) -> None:
         for name, tensor in _tensors(module):
-            for other in self._held.get((module, name), []):
-                if tensor is not other and not torch.equal(tensor, other):
+            for other, version in self._held.get((module, name), []):
+                # A buffer may have been written by the very call that is repeated.
+                stepped = name in module._parameters and tensor._version != version
+                if stepped if tensor is other else not torch.equal(tensor, other):
                     raise ValueError(
                         f"checkpointing evaluates {type(module).__name__} again with another "
-                        f"{name} than the loss was computed with (torch.func.functional_call "
-                        "lends it for the first call only): load the values into the module "
-                        "before, or switch checkpointing off"
+                        f"{name} than the loss was computed with: ask for derivatives before the "
+                        "step; load values into the module instead of lending them by "
+                        "torch.func.functional_call; or switch checkpointing off"
                     )
 
 

@@ -16,6 +16,8 @@ from curvature.quadratic import Quadratic
 from curvature.side_effects import SideEffects
 from curvature.trees import flatten_direction, flatten_params
 
+__all__ = ["check_directional", "finite_difference"]
+
 _RATIO = 1.5
 _LEVELS = 8
 _ROUNDING = 16 * 2.0**-53  # of a loss, relative; a sum over a network adds up a few roundings

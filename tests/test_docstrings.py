@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 
 import curvature
-import curvature.testing
 import optim
 
-TESTING = [curvature.testing.check_directional, curvature.testing.finite_difference]
+PACKAGES = [curvature, curvature.testing, optim]
 
 
 def public() -> Iterator[tuple[str, Any]]:
-    exported = [
-        getattr(package, name) for package in (curvature, optim) for name in package.__all__
-    ]
-    for thing in exported + TESTING:
+    exported = [getattr(package, name) for package in PACKAGES for name in package.__all__]
+    for thing in exported:
+        if inspect.ismodule(thing):
+            continue
         yield thing.__qualname__, thing
         if inspect.isclass(thing):
             for name, method in inspect.getmembers(thing, inspect.isfunction):

@@ -295,6 +295,16 @@ def test_a_hook_that_cuts_the_graph_is_refused() -> None:
         directional(func, torch.ones(2), torch.ones(2))
 
 
+def test_a_hook_of_a_parameter_that_cuts_the_graph_is_refused() -> None:
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda cotangent: 2 * cotangent.detach())
+    with Tape() as tape:
+        loss = (x**2).sum()
+    tape.backward(loss, [x])
+    with pytest.raises(NotTwiceDifferentiable, match="gradient without graph"):
+        tape.directional([torch.ones(2)])
+
+
 class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -322,6 +332,33 @@ def test_checkpointing_refuses_parameters_lent_for_the_first_call() -> None:
     for verb in (directional, hvp):
         with pytest.raises(ValueError, match="evaluates Linear again with another weight"):
             verb(J, params, params)
+
+
+def test_checkpointing_refuses_a_module_that_was_lent_two_sets_of_parameters() -> None:
+    layer = nn.Linear(2, 2)
+    block = nn.Sequential()
+    block.forward = lambda x: checkpoint(layer, x, use_reentrant=False)
+    block.layer = layer
+    lent = {f"layer.{name}": p.detach() + 1 for name, p in layer.named_parameters()}
+    x = torch.ones(2, requires_grad=True)
+    with Tape() as tape:
+        loss = (torch.func.functional_call(block, lent, x) + layer(x)).square().sum()
+    with pytest.raises(ValueError, match="evaluates Linear again"):
+        tape.backward(loss, [x])
+
+
+@pytest.mark.parametrize("verb", ["directional", "hvp"])
+def test_checkpointing_refuses_parameters_that_have_stepped(verb: str) -> None:
+    model = Checkpointed()
+    params = dict(model.named_parameters())
+    with Tape() as tape:
+        loss = model(torch.randn(2, 4, 3)).square().mean()
+    gradient = tape.backward(loss, params)
+    getattr(tape, verb)(gradient)
+    with torch.no_grad():
+        model.block[0].weight.add_(1)
+    with pytest.raises(ValueError, match="evaluates Linear again with another weight"):
+        getattr(tape, verb)(gradient)
 
 
 def test_functions_that_write_to_their_parameters_do_no_harm() -> None:

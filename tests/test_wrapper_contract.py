@@ -315,6 +315,25 @@ class Averaged(torch.optim.SGD):
                 self.state[p]["average"] = p.clone()
 
 
+class AveragedInItsGroup(torch.optim.SGD):
+    """The same, in its groups."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        group = self.param_groups[0]
+        group["distance"] = group.get("distance", 0.0) + group["lr"]
+
+
+class AveragedInItself(torch.optim.SGD):
+    """The same, in an attribute."""
+
+    distance = 0.0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.distance += self.param_groups[0]["lr"]
+
+
 class FixedDecay(torch.optim.SGD):
     """A part of its step does not scale with lr."""
 
@@ -367,6 +386,8 @@ class StepsOthers(torch.optim.SGD):
     [
         (Sign, "not linear in lr"),
         (Averaged, "not linear in lr"),
+        (AveragedInItsGroup, "not linear in lr"),
+        (AveragedInItself, "not linear in lr"),
         (FixedDecay, "not linear in lr"),
         (NeedsClosure, "cannot step copies .* missing 1 required positional"),
         (KeyedByIdentity, r"cannot step copies .* KeyError"),
