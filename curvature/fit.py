@@ -107,7 +107,10 @@ def _known(name: str, number: float | Tensor | None) -> float | None:
 def _check_steps(steps: Sequence[float], degree: int, known: list[float | None]) -> list[float]:
     if degree < 2 or int(degree) != degree:
         raise ValueError(f"degree is {degree}; a curvature needs an integer of at least 2")
-    points = [float(t) for t in steps]
+    try:
+        points = [float(t) for t in steps]
+    except TypeError as error:
+        raise TypeError(f"steps is {steps!r}; give a list of numbers, as [0.1]") from error
     if not all(map(math.isfinite, points)):
         raise ValueError(f"steps holds a NaN or infinite entry: {points}")
     if len(set(points)) != len(points):

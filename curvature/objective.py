@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 
 class Objective:
@@ -23,7 +24,8 @@ class Objective:
         params: the model's trainable parameters by name, as :func:`dict`; read at each access.
 
     Raises:
-        TypeError: ``model`` is no module, or ``batch`` no pair.
+        TypeError: ``model`` is no module, ``batch`` no pair, or ``params`` no mapping.
+        ValueError: the batch is empty.
 
     Example:
         >>> import torch, curvature
@@ -45,6 +47,9 @@ class Objective:
             raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise TypeError("batch must be a pair (inputs, target)")
+        tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+        if tensors and not any(t.numel() for t in tensors):
+            raise ValueError("the batch is empty: none of its tensors has an entry")
         self.model = model
         self.loss = loss
         self.inputs, self.target = batch
@@ -54,6 +59,11 @@ class Objective:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                f"params is a {type(params).__name__}; pass the model's parameters by name, as "
+                "J.params or dict(model.named_parameters())"
+            )
         args, kwargs = (), {}
         if isinstance(self.inputs, Mapping):
             kwargs = dict(self.inputs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree as pytree
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
@@ -31,7 +32,13 @@ def flatten_params(params: Any) -> Flat:
     Raises:
         TypeError: a leaf is no tensor, or has another dtype or layout.
         ValueError: there is no tensor at all.
+        RuntimeError: a ``torch.func`` transform is around the call.
     """
+    if peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "this cannot be called inside vmap, grad or another torch.func transform; call it "
+            "outside (per_sample=True gives the numbers of each sample)"
+        )
     if isinstance(params, Iterator):
         raise TypeError(
             "params is an iterator, which can be read only once; pass "

@@ -161,10 +161,10 @@ class Wrapper(Optimizer, Generic[R]):
             >>> x.detach()
             tensor([0., 0.])
         """
-        if closure is None:
+        if not callable(closure):
             raise TypeError(
                 f"{type(self).__name__}.step needs a closure that returns the loss, a scalar or "
-                "one per sample, without calling backward"
+                f"one per sample, without calling backward; it was given {type(closure).__name__}"
             )
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         iteration = self.iteration + 1

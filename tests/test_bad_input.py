@@ -143,6 +143,22 @@ def test_objective() -> None:
         Objective(square, square, (X, X))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="pair"):
         Objective(nn.Identity(), square, X)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the batch is empty"):
+        Objective(nn.Identity(), square, ({"x": X[:0]}, X[:0]))
+    J = Objective(nn.Linear(3, 1), lambda output, _: output.sum(), (X, None))
+    with pytest.raises(TypeError, match=r"params is a list; .* J\.params"):
+        directional(J, list(J.params.values()), list(J.params.values()))
+
+
+@pytest.mark.parametrize("verb", [directional, hvp, lambda *a: fit(*a, [-1, 0, 1])])
+def test_inside_a_transform(verb: Callable) -> None:
+    with pytest.raises(RuntimeError, match="per_sample=True"):
+        torch.vmap(lambda a: verb(lambda x: a * square(x), X, V))(X)
+
+
+def test_steps_that_are_no_list() -> None:
+    with pytest.raises(TypeError, match=r"steps is 0.1; give a list"):
+        fit(square, X, V, 0.1)  # type: ignore[arg-type]
 
 
 def test_finite_differences() -> None:

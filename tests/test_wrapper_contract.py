@@ -199,7 +199,9 @@ def test_faults_change_nothing_and_training_goes_on(base: str, wrapper: str) -> 
         with pytest.raises(error, match=message):
             optimizer.step(broken)
         assert_same(problem.snapshot(optimizer), before)
-    with pytest.raises(TypeError, match="needs a closure"):
+    with pytest.raises(TypeError, match=r"needs a closure .* given Tensor"):
+        optimizer.step(torch.ones(()))
+    with pytest.raises(TypeError, match=r"needs a closure .* given NoneType"):
         optimizer.step()
 
     assert optimizer.skipped == 3
