@@ -78,7 +78,7 @@ def fit(
     for t in points:
         with SideEffects(), torch.no_grad():
             moved = [p.detach() + t * v for p, v in zip(flat.leaves, leaves, strict=True)]
-            loss = check_losses(func(flat.rebuild(moved)), graph=False)
+            loss = check_losses(_without_graph(func, flat.rebuild(moved)), graph=False)
             del moved
         if not is_finite(loss):
             raise NonFiniteLoss(f"at step {t}, {describe_non_finite(loss)}")
@@ -93,6 +93,18 @@ def fit(
         engine="fit",
         coefficients=coefficients,
     )
+
+
+def _without_graph(func: Callable[[Any], Tensor], params: Any) -> Tensor:
+    try:
+        return func(params)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise RuntimeError(
+            "the function differentiates inside itself, but is evaluated without a graph here; put "
+            "torch.enable_grad() around that part of it"
+        ) from error
 
 
 def _known(name: str, number: float | Tensor | None) -> float | None:

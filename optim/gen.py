@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curvature import NonFiniteLoss, fit, gradient
+from optim.record import StepRecord
 from optim.wrapper import Choice, Line, Trial, Wrapper
+
+_BAD_PROBE = "the loss at a probe is NaN or infinite; eta is halved"
 
 
 class _Plain(torch.enable_grad):
@@ -32,9 +35,11 @@ class GeN(Wrapper[_Plain]):
         eta <- gamma eta + (1 - gamma) b / A
 
     ``group["lr"]`` is ell, 1 by default: a factor on eta for torch's schedulers (as the horizon
-    factor of the paper's appendix C.7). Where A or b is not positive (b with momentum) or a
-    probe is not finite, eta keeps its value, and the step is taken along d all the same. Probing
-    calls the closure again: draw the batch outside it.
+    factor of the paper's appendix C.7). Where A or b is not positive (b with momentum), eta
+    keeps its value, and the step is taken along d all the same. Where a probe is NaN or infinite,
+    which the paper leaves open, the step is skipped and eta halved. Probing calls the closure
+    again, without a graph: draw the batch outside it, and put :class:`torch.enable_grad` around
+    what differentiates inside it.
 
     As published the method depends on its start: too large an eta can diverge before its first
     refit, a fit with hardly any curvature sends eta far off, and in float32 the losses at a tiny
@@ -49,8 +54,9 @@ class GeN(Wrapper[_Plain]):
         ell: the factor that ``group["lr"]`` is set to.
 
     Raises:
-        TypeError: base's step is not linear in lr, or a parameter is not float32 or float64.
-        ValueError: a hyperparameter is out of range, or a group maximizes.
+        TypeError: base's step is known not to be linear in lr, or a parameter is not float32 or
+            float64.
+        ValueError: a hyperparameter is out of range, or base cannot be wrapped as it is set up.
 
     Example:
         >>> import torch
@@ -74,13 +80,19 @@ class GeN(Wrapper[_Plain]):
             raise ValueError(f"eta is {eta}; it must be positive")
         if not 0 <= gamma < 1:
             raise ValueError(f"gamma is {gamma}; it must be in [0, 1)")
-        if phi < 1 or int(phi) != phi:
+        if not isinstance(phi, int) or phi < 1:
             raise ValueError(f"phi is {phi}; it must be an integer of at least 1")
         super().__init__(base, ell=ell)
         self.eta, self.gamma, self.phi = eta, gamma, phi
 
     def _recorder(self) -> _Plain:
         return _Plain()
+
+    def _advance(self, trial: Trial[_Plain], grads: list[Tensor | None]) -> StepRecord:
+        record = super()._advance(trial, grads)
+        if record.skipped == _BAD_PROBE:
+            self.eta /= 2
+        return record
 
     def _choose(self, trial: Trial[_Plain], line: Line) -> Choice | str:
         curvature = None
@@ -94,7 +106,7 @@ class GeN(Wrapper[_Plain]):
                     value=line.value,
                 )
             except NonFiniteLoss:
-                return Choice(r=self.eta, curvature=None)
+                return _BAD_PROBE
             b, curvature = quadratic.slope.item(), quadratic.curvature.item()
             if curvature > 0 and b > 0:
                 self.eta = self.gamma * self.eta + (1 - self.gamma) * b / curvature

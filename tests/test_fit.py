@@ -260,3 +260,12 @@ def test_side_effects_do_not_invalidate_a_graph() -> None:
     with SideEffects():
         norm(x)
     output.backward()
+
+
+def test_a_function_that_differentiates_inside_itself_is_told_what_it_needs() -> None:
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(w.sin().sum(), w, create_graph=True)[0].square().sum()
+
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"put torch\.enable_grad\(\) around"):
+        fit(loss, w, torch.ones_like(w), [-1, 0, 1])

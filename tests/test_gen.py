@@ -112,13 +112,37 @@ def test_eta_keeps_its_value_unless_both_are_positive(
     assert optimizer.records[-1].curvature == pytest.approx(curvature)
 
 
-def test_eta_keeps_its_value_where_a_probe_is_not_finite() -> None:
+def test_eta_is_halved_until_the_probes_are_finite() -> None:
     w = nn.Parameter(torch.tensor([1.0], dtype=F64))
-    optimizer = GeN(torch.optim.SGD([w]), eta=0.9, gamma=0.0, phi=1)
-    optimizer.step(lambda: -(w - 0.9).log().sum())
-    assert optimizer.eta == 0.9
-    assert optimizer.records[-1].curvature is None
-    assert optimizer.records[-1].step == 0.9
+    optimizer = GeN(torch.optim.SGD([w], momentum=0.5), eta=0.03, gamma=0.0, phi=1)
+    closure = lambda: -(w - 0.9).log().sum()  # noqa: E731
+    for k, eta in enumerate((0.015, 0.0075)):
+        with pytest.warns(RuntimeWarning, match="a probe is NaN or infinite; eta is halved"):
+            optimizer.step(closure)
+        assert (w.item(), optimizer.eta) == (1, eta)
+        assert optimizer.skipped == k + 1
+        assert not optimizer.base.state
+    optimizer.step(closure)
+    assert optimizer.skipped == 2
+    assert w.item() > 1
+
+
+def test_a_closure_that_differentiates_inside_itself() -> None:
+    """As a physics-informed loss does; probes are evaluated without a graph."""
+    w, x = nn.Parameter(torch.tensor([1.0, 2.0])), torch.linspace(0, 1, 5)
+
+    def residual() -> torch.Tensor:
+        t = x.clone().requires_grad_()
+        u = w[0] * t + w[1] * t.square()
+        (slope,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+        return (slope - u).square().mean()
+
+    optimizer = GeN(torch.optim.SGD([w]), eta=0.01, phi=1)
+    with pytest.raises(RuntimeError, match=r"put torch\.enable_grad\(\) around"):
+        optimizer.step(residual)
+    assert torch.equal(w.detach(), torch.tensor([1.0, 2.0]))
+    optimizer.step(torch.enable_grad()(residual))
+    assert optimizer.eta != 0.01
 
 
 def test_probes_see_the_batch_as_the_gradient_did_and_leave_no_trace() -> None:
@@ -190,6 +214,7 @@ def test_a_failing_probe_changes_nothing() -> None:
         ({"gamma": 1.0}, "gamma is 1.0"),
         ({"phi": 0}, "phi is 0"),
         ({"phi": 1.5}, "phi is 1.5"),
+        ({"phi": 8.0}, "phi is 8.0"),
         ({"ell": -1.0}, "ell is -1.0"),
     ],
 )
