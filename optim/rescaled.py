@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from curvature import Tape
@@ -43,12 +44,13 @@ class Rescaled(Wrapper[Tape]):
     the paper; curvatures of opposite sign then do not cancel. With a scalar loss it is taken of
     the batch's curvature, which is cheaper and takes longer steps.
 
-    If no curvature has been seen at all (a loss that is linear along every d so far), no step
-    length follows from it: the step is skipped and recorded.
+    Where L is 0 (the loss is linear along d and along every d that the average remembers), no
+    step length follows from it: the step is skipped and recorded.
 
     Raises:
-        TypeError: base's step is not linear in lr, or a parameter is not float32 or float64.
-        ValueError: ell or beta3 is out of range, or a group maximizes.
+        TypeError: base's step is known not to be linear in lr, or a parameter is not float32 or
+            float64.
+        ValueError: ell or beta3 is out of range, or base cannot be wrapped as it is set up.
 
     Example:
         >>> import torch
@@ -74,9 +76,12 @@ class Rescaled(Wrapper[Tape]):
         if line.squared_norm == 0:
             return Choice(r=0.0, curvature=0.0)
         per_sample = trial.losses.ndim == 1
-        quadratic = trial.recorder.directional(line.direction, per_sample=per_sample)
+        # Along d of about unit length: d^T H d itself may leave the range of float32.
+        length = 2.0 ** round(math.log2(line.squared_norm) / 2)
+        unit = list(torch._foreach_div(line.direction, length))
+        quadratic = trial.recorder.directional(unit, per_sample=per_sample)
         samples = quadratic.per_sample or quadratic
-        curvature = samples.curvature.double().abs().mean().item()
+        curvature = samples.curvature.double().abs().mean().item() * length**2
         c = curvature / line.squared_norm
         if not math.isfinite(c):
             return "the curvature along the direction is NaN or infinite"
@@ -85,7 +90,7 @@ class Rescaled(Wrapper[Tape]):
         lipschitz = max(corrected, c)
         r = math.inf if lipschitz == 0 else 2 * line.slope / (line.squared_norm * lipschitz)
         if not math.isfinite(r):
-            return "no curvature has been seen: the loss is linear along the direction"
+            return "the loss has no curvature along the direction, so no step length follows"
         self._average, self._count = average, self._count + 1
         return Choice(r=abs(r), curvature=curvature)
 
