@@ -173,17 +173,19 @@ class DIN(Optimizer):
         lr, alpha, beta = float(group["lr"]), group["alpha"], group["beta"]
         if not lr >= 0:
             raise ValueError(f"lr is {lr}; it must be at least 0")
-        if not alpha >= 0:
-            raise ValueError(f"alpha is {alpha}; the friction must be at least 0")
-        if not beta > 0:
-            raise ValueError(f"beta is {beta}; it must be positive")
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha is {alpha}; the friction must be finite and at least 0")
+        if not 0 < beta < math.inf:
+            raise ValueError(f"beta is {beta}; it must be finite and positive")
         if not lr < beta:
             raise ValueError(
                 f"lr is {lr} and beta is {beta}: the step must stay below beta, or psi overshoots "
-                "the point it relaxes to (Algorithm 1, line 3); lower lr or raise beta"
+                "the point it relaxes to (INNAprop, Algorithm 1, line 3); lower lr or raise beta"
             )
-        if not group["weight_decay"] >= 0:
-            raise ValueError(f"weight_decay is {group['weight_decay']}; it must be at least 0")
+        if not 0 <= group["weight_decay"] < math.inf:
+            raise ValueError(
+                f"weight_decay is {group['weight_decay']}; it must be finite and at least 0"
+            )
 
     @abstractmethod
     def _precondition(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -85,8 +86,8 @@ class INNAprop(DIN):
         super()._check_group(group)
         if not 0 <= group["sigma"] < 1:
             raise ValueError(f"sigma is {group['sigma']}; it must be in [0, 1)")
-        if not group["eps"] > 0:
-            raise ValueError(f"eps is {group['eps']}; it must be positive")
+        if not 0 < group["eps"] < math.inf:
+            raise ValueError(f"eps is {group['eps']}; it must be finite and positive")
 
     def _precondition(
         self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]

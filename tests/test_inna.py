@@ -1,6 +1,7 @@
 """INNA and INNAprop against transcriptions of the papers, and their free oracles."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,9 @@ def test_closure_and_scheduler() -> None:
         ({"lr": 0.9, "beta": 0.9}, "the step must stay below beta"),
         ({"lr": 2.0, "beta": 0.9}, "lower lr or raise beta"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"alpha": math.inf}, "alpha is inf"),
+        ({"beta": math.inf}, "beta is inf"),
+        ({"weight_decay": math.inf}, "weight_decay is inf"),
     ],
 )
 @pytest.mark.parametrize("kind", [INNA, INNAprop])
@@ -213,8 +217,9 @@ def test_bad_sigma_and_eps() -> None:
     p = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match=r"sigma is 1\.0"):
         INNAprop([p], sigma=1.0)
-    with pytest.raises(ValueError, match=r"eps is 0\.0"):
-        INNAprop([p], eps=0.0)
+    for eps in (0.0, math.inf):
+        with pytest.raises(ValueError, match=f"eps is {eps}"):
+            INNAprop([p], eps=eps)
 
 
 @pytest.mark.parametrize("kind", [INNA, INNAprop])
