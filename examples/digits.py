@@ -44,7 +44,7 @@ BASES: dict[str, tuple[Callable[..., Optimizer], list[float]]] = {
 @dataclass
 class Run:
     name: str
-    lr: float | None
+    rate: str
     losses: list[float]
     steps: list[float]
     accuracy: float
@@ -82,14 +82,16 @@ def train(base: str, lr: float | None, epochs: int, data: tuple[Tensor, ...], ba
     batches_per_epoch = len(x_train) // BATCH
     scheduler: LRScheduler
     if lr is None:
-        name, optimizer = f"Rescaled({base})", Rescaled(make(network.parameters()), ell=1.0)
+        name, rate = f"Rescaled({base})", "none"
+        optimizer = Rescaled(make(network.parameters()), ell=1.0)
         # The paper's RED: ell from 1 (exploration) to 1/2 (convergence).
         scheduler = ExponentialLR(optimizer, 0.5 ** (1 / (epochs * batches_per_epoch)))
     else:
-        name, optimizer = f"{base} {lr:g}", make(network.parameters(), lr=lr)
+        name, rate = f"{base} {lr:g}", f"{lr:g}"
+        optimizer = make(network.parameters(), lr=lr)
         scheduler = CosineAnnealingLR(optimizer, epochs * batches_per_epoch)
 
-    losses, steps, accuracy = [], [], 0.0
+    history, steps, accuracy = [], [], 0.0
     start = time.perf_counter()
     task = bar.add_task(name, total=epochs, info="")
     for _ in range(epochs):
@@ -97,8 +99,10 @@ def train(base: str, lr: float | None, epochs: int, data: tuple[Tensor, ...], ba
         for batch in torch.randperm(len(x_train)).split(BATCH)[:batches_per_epoch]:
             x, y = x_train[batch], y_train[batch]
             if isinstance(optimizer, Rescaled):
-                closure = lambda x=x, y=y: F.cross_entropy(network(x), y, reduction="none")  # noqa: E731
-                loss = optimizer.step(closure).mean()
+                losses = optimizer.step(
+                    lambda x=x, y=y: F.cross_entropy(network(x), y, reduction="none")
+                )
+                loss = losses.mean()
                 step_total += optimizer.records[-1].step
             else:
                 optimizer.zero_grad()
@@ -108,12 +112,12 @@ def train(base: str, lr: float | None, epochs: int, data: tuple[Tensor, ...], ba
                 step_total += optimizer.param_groups[0]["lr"]
             scheduler.step()
             total += loss.item()
-        losses.append(total / batches_per_epoch)
+        history.append(total / batches_per_epoch)
         steps.append(step_total / batches_per_epoch)
         accuracy = evaluate(network, x_test, y_test)
-        info = f"loss {losses[-1]:.1e}  accuracy {accuracy:.1%}  step {steps[-1]:.1e}"
+        info = f"loss {history[-1]:.1e}  accuracy {accuracy:.1%}  step {steps[-1]:.1e}"
         bar.update(task, advance=1, info=info)
-    return Run(name, lr, losses, steps, accuracy, time.perf_counter() - start)
+    return Run(name, rate, history, steps, accuracy, time.perf_counter() - start)
 
 
 @torch.no_grad()
@@ -126,7 +130,7 @@ def evaluate(network: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def plot(runs: dict[str, list[Run]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for color, (_, (plain, rescaled)) in zip(("C0", "C1", "C2"), runs.items(), strict=True):
+    for color, (plain, rescaled) in zip(("C0", "C1", "C2"), runs.values(), strict=True):
         for run, style in ((plain, "--"), (rescaled, "-")):
             epochs = range(1, len(run.losses) + 1)
             left.semilogy(epochs, run.losses, style, color=color, label=run.name)
@@ -155,6 +159,7 @@ def main() -> None:
             rates = grid[1:2] if args.smoke else grid
             plain = [train(base, lr, epochs, data, bar) for lr in rates]
             best = min(plain, key=lambda run: run.losses[-1])
+            best.rate += f" (best of {len(rates)})"
             runs[base] = [best, train(base, None, epochs, data, bar)]
 
     title = f"8x8 digits, batch {BATCH}, after {epochs} epochs"
@@ -163,10 +168,9 @@ def main() -> None:
         justify = "left" if header == "optimizer" else "right"
         table.add_column(header, justify=justify, no_wrap=True)
     for base, (plain, rescaled) in runs.items():
-        best = f"{plain.lr:g} (best of {len(rates)})"
-        for name, rate, run in ((base, best, plain), (rescaled.name, "none", rescaled)):
+        for name, run in ((base, plain), (rescaled.name, rescaled)):
             row = (f"{run.losses[-1]:.1e}", f"{run.accuracy:.1%}", f"{run.seconds:.1f}")
-            table.add_row(name, rate, *row)
+            table.add_row(name, run.rate, *row)
     console.print(table)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "digits.png"
