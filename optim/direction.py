@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from curvature import RandomState
 from optim.snapshot import Snapshot
 
 
@@ -40,9 +41,14 @@ def proposer(base: Optimizer) -> Proposer:
     Raises:
         TypeError: ``base`` is no optimizer, or its step is not linear in lr, so that no direction
             can be told from it.
+        ValueError: step hooks are attached to it, which would run on copies or not at all.
     """
     if not isinstance(base, Optimizer):
         raise TypeError(f"base is a {type(base).__name__}, not a torch.optim.Optimizer")
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        raise ValueError(
+            "step hooks are attached to the base optimizer; attach them to the wrapper"
+        )
     inner = [k for k, v in vars(base).items() if isinstance(v, Optimizer)]
     if inner:
         raise TypeError(
@@ -51,9 +57,9 @@ def proposer(base: Optimizer) -> Proposer:
         )
     if isinstance(base, Proposer):
         return base
-    reason = _NOT_LINEAR.get(type(base).__name__)
-    if reason is not None:
-        raise TypeError(f"{type(base).__name__} cannot be wrapped: {reason}")
+    for name, reason in _NOT_LINEAR.items():
+        if type(base) is getattr(torch.optim, name, None):
+            raise TypeError(f"{name} cannot be wrapped: {reason}")
     return LinearInRate(base)
 
 
@@ -70,10 +76,10 @@ class LinearInRate:
     """The direction of an optimizer whose step is linear in ``group["lr"]``.
 
     The optimizer steps copies of the parameters once with a large lr: d is the displacement
-    over that lr. A large lr keeps all digits of d, where theta - lr d with a small one would
-    round them away against theta. The first steps that move are taken from the same state at
-    two large rates and at rate 0 besides, and refused if the displacements are not
-    proportional, if rate 0 moves, or if the states differ.
+    over that lr. A large lr keeps the digits of d down to 1e-18 of theta, where theta - lr d
+    with a small one would round them away against theta. The first steps that move are taken
+    from the same state at two large rates and at rate 0 besides, and refused if the
+    displacements are not proportional, if rate 0 moves, or if the states differ.
     """
 
     RATE = 2.0**60
@@ -136,12 +142,15 @@ class LinearInRate:
         params = [p for group in self._base.param_groups for p in group["params"]]
         versions = [p._version for p in params]
         values = [p.detach().clone() for p in params]
+        random = RandomState()
         try:
             at_rest = self._displacement(ratios, 0.0)
             start.restore()
+            random.restore()
             once = self._displacement(ratios, self.RATE)
             after = Snapshot(self._base)
             start.restore()
+            random.restore()
             twice = self._displacement(ratios, 2 * self.RATE)
             same_state = after.equals(Snapshot(self._base))
         except (TypeError, LookupError, AttributeError) as error:
@@ -151,6 +160,7 @@ class LinearInRate:
             ) from error
         finally:
             start.restore()
+            random.restore()
         if versions != [p._version for p in params]:
             for p, value in zip(params, values, strict=True):
                 p.copy_(value)

@@ -75,6 +75,9 @@ class Records(Sequence[StepRecord]):
     ) -> None:
         self._records: deque[StepRecord] = deque(maxlen=keep)
         self._path = path
+        if path is not None:
+            # A path that cannot be written must fail now, not after a step.
+            open(path, "a", encoding="utf-8").close()
 
     def append(self, record: StepRecord) -> None:
         """Hold one more record, and write it if there is a path.

@@ -85,6 +85,7 @@ class Wrapper(Optimizer, Generic[R]):
             raise ValueError(f"ell is {ell}; it must be positive")
         for group in base.param_groups:
             _check_group(group)
+            _check_rate(group)
         fastest = max(float(group["lr"]) for group in base.param_groups)
         for group in base.param_groups:
             group["lr"] = ell * float(group["lr"]) / fastest if fastest > 0 else ell
@@ -92,8 +93,15 @@ class Wrapper(Optimizer, Generic[R]):
         self.records = Records()
         self.skipped = 0
         self.iteration = 0
+        self.__setstate__({})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
         # Only the hooks of Optimizer are set up: its constructor would make a second state.
-        super().__setstate__({})
+        super().__setstate__(state)
+        # Those of saving and loading run where the base saves and loads.
+        for name, hooks in vars(self.base).items():
+            if name.startswith(("_optimizer_state_dict", "_optimizer_load_state_dict")):
+                setattr(self, name, hooks)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -122,14 +130,13 @@ class Wrapper(Optimizer, Generic[R]):
             >>> [group["lr"] for group in optimizer.param_groups]
             [0.5, 0.25]
         """
-        group = dict(param_group)
-        params = group["params"]
-        group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        _check_group({**self.defaults, **group})
         # A base may have bounds for its own lr, which ell need not meet.
-        ell = group.pop("lr", self.defaults["lr"])
-        self.base.add_param_group({**group, "lr": 0.0})
-        self.param_groups[-1]["lr"] = ell
+        ell = param_group.get("lr", self.defaults["lr"])
+        _check_rate({"lr": ell})
+        self.base.add_param_group({**param_group, "lr": 0.0})
+        group = self.param_groups.pop()
+        _check_group(group)
+        self.param_groups.append({**group, "lr": ell})
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], Tensor] | None = None
@@ -146,10 +153,13 @@ class Wrapper(Optimizer, Generic[R]):
         from the curvature: parameters and ``p.grad``, buffers, optimizer and random state are
         then as before the step, and it is counted in ``skipped``, recorded and warned of. If the
         closure raises, likewise, and the exception goes on to the caller. Draw the batch outside
-        the closure: one that draws it from a global generator would draw the same again.
+        the closure: one that draws it from a global generator would draw the same again. What
+        the forward pass itself writes to parameters stands (``Embedding`` with ``max_norm``).
 
         Raises:
-            TypeError, ValueError: no closure, or it returned no usable loss.
+            TypeError, ValueError: no closure, it returned no usable loss, or the base's step is
+                not linear in lr, as its first ten steps are made to prove.
+            NotTwiceDifferentiable: for Rescaled, PyTorch has no second derivative of the loss.
 
         Example:
             >>> import torch
@@ -166,21 +176,34 @@ class Wrapper(Optimizer, Generic[R]):
                 f"{type(self).__name__}.step needs a closure that returns the loss, a scalar or "
                 f"one per sample, without calling backward; it was given {type(closure).__name__}"
             )
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        for group in self.param_groups:
+            _check_rate(group)
+        params = [p for group in self.param_groups for p in group["params"]]
+        old_grads = [p.grad for p in params]
         iteration = self.iteration + 1
-        with SideEffects() as effects:
-            recorder = self._recorder()
-            with recorder:
-                losses = closure()
-            grads = _gradient(recorder, losses, params)
-            losses = losses.detach()
-            if isinstance(grads, str):
-                record = StepRecord(iteration, skipped=grads)
-            else:
-                trial = Trial(iteration, closure, recorder, effects.random, params, losses)
-                record = self._advance(trial, grads)
-                if record.skipped is None:
-                    effects.keep()
+        record = None
+        try:
+            # Also for a parameter that is frozen by now: the base would go on along the last one.
+            for p in params:
+                p.grad = None
+            with SideEffects() as effects:
+                recorder = self._recorder()
+                with recorder:
+                    losses = closure()
+                params_now = [p for p in params if p.requires_grad]
+                grads = _gradient(recorder, losses, params_now)
+                losses = losses.detach()
+                if isinstance(grads, str):
+                    record = StepRecord(iteration, skipped=grads)
+                else:
+                    trial = Trial(iteration, closure, recorder, effects.random, params_now, losses)
+                    record = self._advance(trial, grads)
+                    if record.skipped is None:
+                        effects.keep()
+        finally:
+            if record is None or record.skipped is not None:
+                for p, g in zip(params, old_grads, strict=True):
+                    p.grad = g
         self.iteration = iteration
         self.records.append(record)
         if record.skipped is not None:
@@ -190,9 +213,8 @@ class Wrapper(Optimizer, Generic[R]):
         return losses
 
     def _advance(self, trial: Trial[R], grads: list[Tensor | None]) -> StepRecord:
-        """Go along the base's direction, or leave base, gradients and own numbers as before."""
-        before = Snapshot(self.base)
-        own, old_grads = self._own_state(), [p.grad for p in trial.params]
+        """Go along the base's direction, or leave the base and the own numbers as before."""
+        before, own = Snapshot(self.base), self._own_state()
         record = None
         try:
             record = self._go(trial, grads)
@@ -200,8 +222,6 @@ class Wrapper(Optimizer, Generic[R]):
             if record is None or record.skipped is not None:
                 before.restore()
                 self._load_own_state(own)
-                for p, g in zip(trial.params, old_grads, strict=True):
-                    p.grad = g
         return record
 
     def _go(self, trial: Trial[R], grads: list[Tensor | None]) -> StepRecord:
@@ -265,7 +285,7 @@ class Wrapper(Optimizer, Generic[R]):
         """Take up where the wrapper that gave ``state_dict`` stood.
 
         Raises:
-            ValueError: it comes from another kind of optimizer; nothing has changed then.
+            ValueError: it does not fit this optimizer; nothing has changed then.
 
         Example: see :meth:`state_dict`.
         """
@@ -274,6 +294,9 @@ class Wrapper(Optimizer, Generic[R]):
             raise ValueError(
                 f"the state_dict was saved by {own['kind']}, this is {type(self).__name__}"
             )
+        differing = own.keys() ^ {"kind", *self._own_state()}
+        if differing:
+            raise ValueError(f"the state_dict's 'wrapper' lacks or adds {sorted(differing)}")
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "wrapper"})
         self._load_own_state(own)
 
@@ -310,9 +333,18 @@ def _gradient(recorder: Recorder, losses: Any, params: list[Tensor]) -> list[Ten
     return grads
 
 
+def _check_rate(group: dict[str, Any]) -> None:
+    if "lr" not in group:
+        raise TypeError("the base optimizer has no lr in its groups, by which to set its step")
+    if not 0 <= float(group["lr"]) < math.inf:
+        raise ValueError(f"lr is {group['lr']}; it must be finite and at least 0")
+
+
 def _check_group(group: dict[str, Any]) -> None:
     if group.get("maximize"):
         raise ValueError("maximize=True cannot be wrapped; negate the loss instead")
+    if group.get("differentiable"):
+        raise ValueError("differentiable=True cannot be wrapped: no graph is kept of a step")
     if "initial_lr" in group:
         raise ValueError(
             "a scheduler is attached to the base optimizer already; attach it to the wrapper, "

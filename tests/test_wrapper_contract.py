@@ -2,12 +2,16 @@
 
 import copy
 import json
+import math
 import pickle
 import warnings
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -276,6 +280,61 @@ def test_frozen_parameters_and_zero_rate(wrapper: str) -> None:
 
 
 @every_wrapper
+def test_a_parameter_frozen_between_steps_stays(wrapper: str) -> None:
+    a, b = (nn.Parameter(torch.ones(1, dtype=F64)) for _ in range(2))
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD([a, b]))
+    closure = lambda: (a * b).square().sum() + a.exp().sum()  # noqa: E731
+    optimizer.step(closure)
+    b.requires_grad_(False)
+    before = a.item(), b.item()
+    optimizer.step(closure)
+    assert a.item() != before[0]
+    assert b.item() == before[1]
+    assert b.grad is None
+
+
+@every_wrapper
+def test_a_step_that_is_not_taken_leaves_the_gradients(wrapper: str) -> None:
+    problem = Problem()
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD(problem.groups()))
+    problem.train(optimizer, range(1))
+    before = [(p.grad, copy.deepcopy(p.grad)) for p in problem.params()]
+
+    def standard() -> Tensor:
+        optimizer.zero_grad()
+        loss = problem.losses(0).mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match="without calling backward"):
+        optimizer.step(standard)
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        optimizer.step(lambda: problem.losses(0) * torch.nan)
+    for p, (grad, value) in zip(problem.params(), before, strict=True):
+        assert p.grad is grad
+        assert_same(p.grad, value)
+
+
+@every_wrapper
+@pytest.mark.parametrize("lr", [math.nan, math.inf, -0.1])
+def test_a_rate_that_is_none_is_refused(lr: float, wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(1, dtype=F64))
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD([p]))
+    message = rf"lr is {lr}; it must be finite"
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": lr})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(lambda: p.square().sum())
+    assert (p.item(), optimizer.iteration) == (1, 0)
+    base = torch.optim.SGD([p])
+    base.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=message):
+        WRAPPERS[wrapper](base)
+
+
+@every_wrapper
 def test_pickles(wrapper: str) -> None:
     problem = Problem()
     optimizer = WRAPPERS[wrapper](BASES["AdamW"](problem.groups()))
@@ -283,6 +342,24 @@ def test_pickles(wrapper: str) -> None:
     copied = pickle.loads(pickle.dumps(optimizer))
     assert copied.iteration == 2
     assert_same(copied.state_dict()["state"], optimizer.state_dict()["state"])
+    copied.register_step_post_hook(lambda *_: None)
+    copied.load_state_dict(copied.state_dict())
+
+
+@every_wrapper
+def test_hooks_of_saving_and_loading_run(wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(1))
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD([p]))
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        optimizer.step(lambda: p.sum() * torch.nan)
+    optimizer.step(lambda: p.square().sum())
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("after saving"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("before loading"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("after loading"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["before saving", "after saving", "before loading", "after loading"]
 
 
 def test_state_of_another_kind_is_refused() -> None:
@@ -293,6 +370,12 @@ def test_state_of_another_kind_is_refused() -> None:
         rescaled.load_state_dict(gen.state_dict())
     with pytest.raises(ValueError, match="saved by an optimizer that is not wrapped"):
         rescaled.load_state_dict(torch.optim.SGD(problem.groups()).state_dict())
+    saved = rescaled.state_dict()
+    saved["wrapper"] = {"kind": "Rescaled", "beta3": 0.5}
+    saved["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=r"lacks or adds \['average', 'count', 'iteration'"):
+        rescaled.load_state_dict(saved)
+    assert rescaled.param_groups[0]["lr"] == 0.5
 
 
 class Sign(torch.optim.SGD):
@@ -426,6 +509,27 @@ class Counts(torch.optim.SGD):
         return int(self.steps), self.log[1]["steps"], self.param_groups[0].get("steps", 0)
 
 
+class CountsInContainers(Counts):
+    """The same, in containers and an object of its own."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        first = self.param_groups[0]["params"][0]
+        entry = self.state[first]
+        entry.setdefault("norms", deque(maxlen=9)).append(first.grad.norm().item())
+        entry.setdefault("object", SimpleNamespace(steps=0)).steps += 1
+        if not hasattr(self, "made_late"):
+            self.made_late = {"array": np.zeros(2)}
+        self.made_late["array"] += 1
+
+    def counts(self) -> tuple[int, int, int]:
+        entry = self.state[self.param_groups[0]["params"][0]]
+        if not hasattr(self, "made_late"):
+            assert not entry
+            return 0, 0, 0
+        return len(entry["norms"]), entry["object"].steps, int(self.made_late["array"][1])
+
+
 class Periodic(Counts):
     """At every fifth step it goes back towards where it started."""
 
@@ -438,9 +542,10 @@ class Periodic(Counts):
 
 
 @every_wrapper
-def test_state_anywhere_advances_once_a_step(wrapper: str) -> None:
+@pytest.mark.parametrize("kind", [Counts, CountsInContainers])
+def test_state_anywhere_advances_once_a_step(kind: type, wrapper: str) -> None:
     p = nn.Parameter(torch.ones(2))
-    base = Counts([p])
+    base = kind([p])
     optimizer = WRAPPERS[wrapper](base)
     for k in range(3):
         assert base.counts() == (k, k, k)
@@ -465,6 +570,29 @@ def test_a_periodic_optimizer_is_refused_at_its_period(wrapper: str) -> None:
         optimizer.step(lambda: (p - 3).square().sum())
     assert torch.equal(p, before)
     assert base.counts() == (4, 4, 4)
+
+
+class Noisy(torch.optim.SGD):
+    """Its step is linear in lr, given the random numbers."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad + torch.randn_like(p), alpha=self.param_groups[0]["lr"])
+
+
+@every_wrapper
+def test_random_numbers_advance_once_a_step(wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = WRAPPERS[wrapper](Noisy([p]))
+    torch.manual_seed(0)
+    for _ in range(3):
+        optimizer.step(lambda: (p - 3).square().sum())
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    for _ in range(3):
+        torch.randn_like(p)
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 class Diverges(torch.optim.SGD):
@@ -596,6 +724,16 @@ def test_bad_bases(wrapper: str) -> None:
         wrap(torch.optim.SGD([p], maximize=True))
     with pytest.raises(TypeError, match=r"dtype torch\.bfloat16"):
         wrap(torch.optim.SGD([nn.Parameter(torch.ones(1, dtype=torch.bfloat16))]))
+    with pytest.raises(ValueError, match="no graph is kept"):
+        wrap(torch.optim.Adam([p], differentiable=True))
+    without_rate = torch.optim.SGD([p])
+    del without_rate.param_groups[0]["lr"]
+    with pytest.raises(TypeError, match="has no lr in its groups"):
+        wrap(without_rate)
+    base = torch.optim.SGD([p])
+    base.register_step_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="attach them to the wrapper"):
+        wrap(base)
     base = torch.optim.SGD([p])
     torch.optim.lr_scheduler.ConstantLR(base)
     with pytest.raises(ValueError, match="attach it to the wrapper"):
@@ -603,6 +741,9 @@ def test_bad_bases(wrapper: str) -> None:
     optimizer = wrap(torch.optim.SGD([p]))
     with pytest.raises(ValueError, match="negate the loss"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "maximize": True})
+    with pytest.raises(TypeError, match="ordered"):
+        optimizer.add_param_group({"params": {nn.Parameter(torch.ones(1))}})
+    assert len(optimizer.param_groups) == 1
 
 
 @every_wrapper
@@ -635,3 +776,5 @@ def test_records_streamed_to_a_file(wrapper: str, tmp_path: Path) -> None:
     lines = (tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]
     assert pickle.loads(pickle.dumps(optimizer)).records[-1] == optimizer.records[-1]
+    with pytest.raises(FileNotFoundError):
+        Records(path=tmp_path / "missing" / "records.jsonl")
