@@ -29,10 +29,9 @@ def derivative_mode(device: torch.device) -> Iterator[None]:
     """Inside, derivatives are built and keep their precision, whatever surrounds the caller.
 
     Under ``no_grad`` the gradient would have no graph, and its derivative be taken for zero;
-    under ``autocast`` the products of the derivatives would be rounded to half precision. What
-    checkpointing evaluates again must take the same variants as in the forward pass.
+    under ``autocast`` the products of the derivatives would be rounded to half precision.
     """
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False), twice_differentiable():
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 

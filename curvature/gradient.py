@@ -10,7 +10,7 @@ from torch import Tensor
 from curvature.differentiable import derivative_mode
 from curvature.errors import NonFiniteLoss
 from curvature.losses import check_losses, describe_non_finite, is_finite
-from curvature.trees import flatten_params
+from curvature.trees import Flat, flatten_params
 
 
 def gradient(losses: Tensor, params: Any, *, retain_graph: bool = False) -> Any:
@@ -37,13 +37,7 @@ def gradient(losses: Tensor, params: Any, *, retain_graph: bool = False) -> Any:
         >>> gradient(x**3, {"x": x})
         {'x': tensor([1.5000, 6.0000])}
     """
-    check_losses(losses, graph=True)
-    flat = flatten_params(params)
-    frozen = [n for n, p in zip(flat.names, flat.leaves, strict=True) if not p.requires_grad]
-    if frozen:
-        raise ValueError(f"{', '.join(frozen)} does not require grad; leave it out of params")
-    if not is_finite(losses):
-        raise NonFiniteLoss(describe_non_finite(losses))
+    flat = check_differentiable(losses, params)
     weights = torch.full_like(losses, 1 / losses.numel())
     try:
         with derivative_mode(losses.device):
@@ -64,3 +58,15 @@ def gradient(losses: Tensor, params: Any, *, retain_graph: bool = False) -> Any:
             "the tensors it is given (see curvature.Objective or torch.func.functional_call)"
         )
     return flat.rebuild(leaves)
+
+
+def check_differentiable(losses: Any, params: Any) -> Flat:
+    """The leaves of ``params``, if ``losses`` can be differentiated in them."""
+    check_losses(losses, graph=True)
+    flat = flatten_params(params)
+    frozen = [n for n, p in zip(flat.names, flat.leaves, strict=True) if not p.requires_grad]
+    if frozen:
+        raise ValueError(f"{', '.join(frozen)} does not require grad; leave it out of params")
+    if not is_finite(losses):
+        raise NonFiniteLoss(describe_non_finite(losses))
+    return flat

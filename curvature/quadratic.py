@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from curvature.contributions import Contributions
+
 
 @dataclass(frozen=True, eq=False)
 class Quadratic:
@@ -19,10 +21,13 @@ class Quadratic:
         value: J(theta); 0-dimensional, or one number per sample inside :attr:`per_sample`.
         slope: <g, v>, same shape.
         curvature: v^T H v, same shape.
-        engine: what computed it: ``"reference"`` or ``"fit"``.
+        engine: what computed it: ``"tangent"`` (one tangent pass), ``"jet"`` (a second-order one),
+            ``"reference"`` (double backward) or ``"fit"``; operations without a rule, which
+            were differentiated by their own double backward, follow in brackets.
         per_sample: the same three numbers for each sample's loss, when asked for.
         coefficients: for a fit, all coefficients c_k of ``sum_k c_k t^k``, lowest first;
             ``None`` for an exact engine.
+        contributions: which operations the curvature comes from, where the engine is "tangent".
 
     Example:
         >>> import torch
@@ -37,6 +42,7 @@ class Quadratic:
     engine: str
     per_sample: Quadratic | None = None
     coefficients: Tensor | None = None
+    contributions: Contributions | None = None
 
     def __call__(self, t: float | Tensor) -> Tensor:
         """The model's loss at theta + t v, with the higher terms that a fit has kept."""

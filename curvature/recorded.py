@@ -12,8 +12,6 @@ from curvature.side_effects import SideEffects
 from curvature.tape import Tape
 from curvature.trees import Flat, flatten_direction, flatten_params
 
-ENGINES = ("auto", "reference")
-
 
 @contextmanager
 def recorded(
@@ -23,14 +21,13 @@ def recorded(
 
     The tape is used inside the block: restoring buffers would invalidate a graph that saved them.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(map(repr, ENGINES))}")
+    tape = Tape(engine=engine)
     flat = flatten_params(params)
     direction = flatten_direction(vector, flat, argument=argument)
     # Copies, since a function may write to its parameters (embedding with max_norm does).
     leaves = [leaf.detach().clone().requires_grad_() for leaf in flat.leaves]
     with SideEffects():
-        with Tape() as tape:
+        with tape:
             losses = func(flat.rebuild(leaves))
         tape.backward(losses, leaves)
         yield tape, flat, direction

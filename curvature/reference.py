@@ -14,13 +14,8 @@ from torch import Tensor
 
 from curvature.audit import Audit, without_graph
 from curvature.differentiable import derivative_mode
-from curvature.errors import NotTwiceDifferentiable
-
-_NO_SECOND_DERIVATIVE = (
-    "is not implemented",
-    "double backward",
-    "don't support automatic differentiation",  # a backward pass that writes with out=
-)
+from curvature.errors import NotTwiceDifferentiable, tells_no_second_derivative
+from curvature.quadratic import Quadratic
 
 
 class DoubleBackward:
@@ -36,6 +31,7 @@ class DoubleBackward:
 
     def __init__(self, losses: Tensor, params: Sequence[Tensor]) -> None:
         self._params = list(params)
+        self._losses = losses.detach()
         self._audit = Audit()
         self._mode = partial(derivative_mode, losses.device)
         with self._mode(), self._audit.cuts_noted(losses) as cuts:
@@ -48,26 +44,26 @@ class DoubleBackward:
         if cuts:
             raise _refusal(f"the backward pass of {cuts[0]} returns a gradient without graph")
 
-    def directional(
-        self, direction: Sequence[Tensor], *, per_sample: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Slope and curvature of the mean loss, then of each sample's if asked."""
+    def directional(self, direction: Sequence[Tensor], *, per_sample: bool) -> Quadratic:
+        """Slope and curvature of the mean loss, and of each sample's if asked."""
         with self._mode():
             slope = _inner(self._gradient, direction, like=self._weights)
             *product, slopes = self._differentiate_if_moving(
                 slope, [*self._params, self._weights], create_graph=per_sample
             )
             curvature = _inner(product, direction, like=self._weights)
-            if not per_sample:
-                return slope.detach(), curvature.detach(), None, None
-            (curvatures,) = self._differentiate_if_moving(curvature, [self._weights])
-        zeros = torch.zeros_like(self._weights)
-        return (
-            slope.detach(),
-            curvature.detach(),
-            zeros if slopes is None else slopes.detach(),
-            zeros if curvatures is None else curvatures,
-        )
+            samples = None
+            if per_sample:
+                (curvatures,) = self._differentiate_if_moving(curvature, [self._weights])
+                zeros = torch.zeros_like(self._weights)
+                samples = Quadratic(
+                    self._losses,
+                    zeros if slopes is None else slopes.detach(),
+                    zeros if curvatures is None else curvatures,
+                    self.name,
+                )
+        value = self._losses.mean()
+        return Quadratic(value, slope.detach(), curvature.detach(), self.name, samples)
 
     def hvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """H v of the mean loss."""
@@ -104,10 +100,9 @@ class DoubleBackward:
                 allow_unused=True,
             )
         except RuntimeError as error:
-            message = str(error)
-            if not any(sign in message for sign in _NO_SECOND_DERIVATIVE):
+            if not tells_no_second_derivative(error):
                 raise
-            raise _refusal(message.splitlines()[0].rstrip(".")) from error
+            raise _refusal(str(error).splitlines()[0].rstrip(".")) from error
         reason = self._audit.obstacle([output, *result]) if create_graph else None
         if reason is not None:
             raise _refusal(reason)

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvature.differentiable import twice_differentiable
-from curvature.gradient import gradient
+from curvature.differentiable import derivative_mode, twice_differentiable
+from curvature.gradient import check_differentiable, gradient
+from curvature.origin import Origins
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
 from curvature.reference import DoubleBackward
-from curvature.trees import Flat, flatten_direction, flatten_params
+from curvature.sweep import Sweep
+from curvature.trees import Flat, flatten_direction
+
+ENGINES = ("auto", "reference")
 
 
 class Tape:
     """Record one forward pass, give its gradient, then its curvature along chosen directions.
 
-    Run any user code inside the ``with`` block. :meth:`backward` gives the gradient;
-    :meth:`directional` and :meth:`hvp` then answer for as many directions as wanted, without
-    evaluating the model again. Inside the block gradients are enabled, attention uses its
-    math kernel and weight normalisation its plain formula, the variants that PyTorch
-    differentiates twice; the caller's choices are restored at its end. Random numbers and
-    buffers advance as in any forward pass.
+    Run any user code inside the ``with`` block. :meth:`backward` gives the gradient, by one
+    ordinary backward pass; :meth:`directional` and :meth:`hvp` then answer for as many
+    directions as wanted, without evaluating the model again, by passes over the graph that
+    autograd has recorded (Algorithm 2 of *Adaptive scaling of the learning rate*). Inside the
+    block gradients are enabled. Random numbers and buffers advance as in any forward pass.
+
+    An operation without a rule is differentiated by its own double backward;
+    :attr:`Quadratic.engine` names it. The losses' graph is kept as long as the tape.
+
+    Args:
+        engine: ``"auto"``, or ``"reference"`` for double backward through the whole graph. The
+            latter needs attention's math kernel and weight normalisation's plain formula, and
+            chooses them inside the block. With PyTorch older than 2.5 ``"auto"`` is the reference.
+        low_memory: keep no cotangents. Curvature then takes a second-order tangent pass, about a
+            third of a gradient more; a Hessian-vector product another backward pass.
+        tangent_dtype: multiply matrices of the tangent passes in this dtype and round the
+            products to the tangents' own. With ``torch.bfloat16`` the curvature is good to about
+            1 % and, where such products are fast, cheaper.
+
+    Raises:
+        ValueError, TypeError: an unknown engine, or an option that the reference does not have.
 
     Example:
         >>> import torch
@@ -40,12 +60,31 @@ class Tape:
         (tensor(9.), tensor([ 6., 12.]))
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        engine: str = "auto",
+        low_memory: bool = False,
+        tangent_dtype: torch.dtype | None = None,
+    ) -> None:
+        if engine not in ENGINES:
+            known = ", ".join(map(repr, ENGINES))
+            raise ValueError(f"engine is {engine!r}; it must be one of {known}")
+        if engine == "reference" and (low_memory or tangent_dtype is not None):
+            raise ValueError("the reference engine has neither low_memory nor tangent_dtype")
+        if tangent_dtype is not None and not tangent_dtype.is_floating_point:
+            raise TypeError(f"tangent_dtype is {tangent_dtype}; it must be real and floating-point")
+        fast = engine == "auto" and Sweep.available()
+        self._origins = Origins() if fast else None
+        # No rule serves the fused attention kernels of CUDA.
+        plain = not fast or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._variants = twice_differentiable if plain else nullcontext
+        self._low_memory, self._tangent_dtype = low_memory, tangent_dtype
         self._recorded = False
         self._reevaluation = Reevaluation()
         self._losses: Tensor | None = None
         self._params: Flat | None = None
-        self._reference: DoubleBackward | None = None
+        self._engine: Sweep | DoubleBackward | None = None
 
     def __enter__(self) -> Tape:
         if self._recorded:
@@ -55,8 +94,10 @@ class Tape:
         self._recorded = True
         self._stack = ExitStack()
         self._stack.enter_context(torch.enable_grad())
-        self._stack.enter_context(twice_differentiable())
+        self._stack.enter_context(self._variants())
         self._stack.enter_context(self._reevaluation.recording())
+        if self._origins is not None:
+            self._stack.enter_context(self._origins.noted())
         return self
 
     def __exit__(
@@ -89,9 +130,15 @@ class Tape:
             >>> tape.backward(loss, {"x": x})
             {'x': tensor([2., 4.])}
         """
-        with self._reevaluation.compared():
-            result = gradient(losses, params, retain_graph=True)
-        self._losses, self._params, self._reference = losses, flatten_params(params), None
+        flat = check_differentiable(losses, params)
+        with self._deriving(losses):
+            if self._origins is None:
+                engine, result = None, gradient(losses, params, retain_graph=True)
+            else:
+                engine = Sweep(losses, flat.leaves, self._origins, self._tangent_dtype)
+                with nullcontext() if self._low_memory else engine.collecting():
+                    result = gradient(losses, params, retain_graph=True)
+        self._losses, self._params, self._engine = losses, flat, engine
         return result
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
@@ -126,13 +173,8 @@ class Tape:
                 'use reduction="none" and leave the mean to this package'
             )
         leaves = flatten_direction(direction, params)
-        with self._reevaluation.compared():
-            engine = self._engine()
-            slope, curvature, slopes, curvatures = engine.directional(leaves, per_sample=per_sample)
-        samples = None
-        if slopes is not None and curvatures is not None:
-            samples = Quadratic(losses.detach(), slopes, curvatures, engine.name)
-        return Quadratic(losses.detach().mean(), slope, curvature, engine.name, samples)
+        with self._deriving(losses):
+            return self._derivatives().directional(leaves, per_sample=per_sample)
 
     def hvp(self, vector: Any) -> Any:
         """The Hessian-vector product H v of the mean loss, a pytree like params.
@@ -150,19 +192,25 @@ class Tape:
             >>> tape.hvp([torch.tensor([2.0, 1.0])])
             [tensor([1., 2.])]
         """
-        _, params = self._state()
+        losses, params = self._state()
         leaves = flatten_direction(vector, params, argument="vector")
-        with self._reevaluation.compared():
-            return params.rebuild(self._engine().hvp(leaves))
+        with self._deriving(losses):
+            return params.rebuild(self._derivatives().hvp(leaves))
 
     def _state(self) -> tuple[Tensor, Flat]:
         if self._losses is None or self._params is None:
             raise RuntimeError("call backward(losses, params) before asking for curvature")
         return self._losses, self._params
 
-    def _engine(self) -> DoubleBackward:
+    def _derivatives(self) -> Sweep | DoubleBackward:
         # Built on demand: a gradient alone must not pay for the graph of its derivative.
-        if self._reference is None:
+        if self._engine is None:
             losses, params = self._state()
-            self._reference = DoubleBackward(losses, params.leaves)
-        return self._reference
+            self._engine = DoubleBackward(losses, params.leaves)
+        return self._engine
+
+    @contextmanager
+    def _deriving(self, losses: Tensor) -> Iterator[None]:
+        # What checkpointing evaluates again must take the same variants as in the forward pass.
+        with self._reevaluation.compared(), derivative_mode(losses.device), self._variants():
+            yield

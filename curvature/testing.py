@@ -112,10 +112,10 @@ def check_directional(
         >>> check_directional(lambda x: torch.tanh(x), x, torch.ones_like(x))
     """
     estimate, error = finite_difference(func, params, direction, step=step)
-    vector = estimate.per_sample is not None and estimate.per_sample.value.numel() > 1
-    exact = directional(func, params, direction, per_sample=vector, engine=engine)
+    exact = directional(func, params, direction, engine=engine)
     pairs = [("", estimate, error, exact)]
-    if vector:
+    if estimate.per_sample is not None and estimate.per_sample.value.numel() > 1:
+        exact = directional(func, params, direction, per_sample=True, engine=engine)
         pairs.append((" per sample", estimate.per_sample, error.per_sample, exact.per_sample))  # type: ignore[arg-type]
     for suffix, difference, uncertainty, computed in pairs:
         for name in ("slope", "curvature"):

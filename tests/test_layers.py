@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from agreement import check_engines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,7 +18,6 @@ from torch.nn.modules import activation, batchnorm, instancenorm, normalization,
 from torch.nn.modules import loss as losses
 
 from curvature import NotTwiceDifferentiable, Objective, directional, hvp
-from curvature.testing import check_directional
 
 F64 = torch.float64
 
@@ -56,7 +56,7 @@ def check_module(module: nn.Module, *inputs: torch.Tensor, step: float = 0.1) ->
         part: {name: torch.randn_like(x) for name, x in tensors.items()}
         for part, tensors in params.items()
     }
-    check_directional(func, params, direction, step=step)
+    check_engines(func, params, direction, step=step)
 
 
 # PyTorch offers no second derivative of these; the call must say so.
@@ -257,7 +257,7 @@ def test_scaled_dot_product_attention(
         "k": normal(2, heads, keys, width),
         "v": normal(2, heads, keys, width + 1),
     }
-    check_directional(func, params, {k: torch.randn_like(p) for k, p in params.items()})
+    check_engines(func, params, {k: torch.randn_like(p) for k, p in params.items()})
 
 
 @pytest.mark.parametrize("name", ["attention", "encoder", "decoder"])
@@ -301,7 +301,7 @@ def test_embedding(shape: tuple[int, int], padding: int | None, seed: int) -> No
     params = dict(module.named_parameters())
     direction = {"weight": torch.randn(5, 3, dtype=F64) * still["weight"]}
     func = lambda p: bend(torch.func.functional_call(module, p, (indices,)))  # noqa: E731
-    check_directional(func, params, direction)
+    check_engines(func, params, direction)
 
 
 def test_embedding_bag_is_refused() -> None:
@@ -401,7 +401,7 @@ def test_linear_cross_entropy() -> None:
         return torch.func.functional_call(module, p["weights"], (p["x"].tanh(), target))
 
     params = {"weights": dict(module.named_parameters()), "x": torch.randn(3, 4, dtype=F64)}
-    check_directional(func, params, torch.utils._pytree.tree_map(torch.randn_like, params))
+    check_engines(func, params, torch.utils._pytree.tree_map(torch.randn_like, params))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -425,7 +425,8 @@ def test_loss(name: str, reduction: str, batch: int, width: int, seed: int) -> N
         with pytest.raises(NotTwiceDifferentiable, match=r"curvature\.fit"):
             directional(func, moving, direction)
     else:
-        check_directional(func, moving, direction, step=0.01)
+        # The margin's rounding drowns differences over a shorter step.
+        check_engines(func, moving, direction, step=0.05 if "Triplet" in name else 0.01)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -1,0 +1,158 @@
+"""The operations between parameters and losses, as autograd recorded them in the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+Edge = tuple[Node, int]
+Tensors = tuple[Tensor | None, ...]
+
+
+class Call:
+    """One operation of the forward pass, with what autograd saved of it for the backward pass.
+
+    ``call.mat1`` is the saved value ``mat1`` of the derivative's formula; the tensors come as
+    autograd hands them out, after its check that nobody has written to them since.
+
+    Attributes:
+        node: autograd's node, the transposed Jacobian as a function of the cotangents.
+        name: of the node, one per differentiable overload ("AddmmBackward0").
+        inputs: for each differentiable input the edge it came by, or None if it does not move.
+        edges: the gradient edges of the moving inputs.
+    """
+
+    __slots__ = ("inputs", "name", "node")
+
+    def __init__(self, node: Node, inputs: tuple[Edge | None, ...]) -> None:
+        self.node = node
+        self.name = node.name().removeprefix("torch::autograd::")
+        self.inputs = inputs
+
+    def __getattr__(self, name: str) -> Any:
+        # Dunder names are asked for by copy and pickle before there is a node.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self.node, "_saved_" + name)
+        return value.detach() if isinstance(value, Tensor) else _signed(value)
+
+    def __repr__(self) -> str:
+        return f"Call({self.name})"
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        return [GradientEdge(*edge) for edge in self.inputs if edge is not None]
+
+    @property
+    def outputs(self) -> list[Edge]:
+        return [(self.node, k) for k in range(len(self.node._input_metadata))]
+
+    def shape(self, output: int = 0) -> torch.Size:
+        """The shape of an output."""
+        return torch.Size(self.node._input_metadata[output].shape)
+
+    def zeros(self) -> list[Tensor]:
+        """Zeros like the outputs."""
+        return [_zeros(edge) for edge in self.outputs]
+
+    def still(self) -> Tensors:
+        """Zeros like the inputs that move."""
+        return tuple(None if edge is None else _zeros(edge) for edge in self.inputs)
+
+    def is_complex(self) -> bool:
+        """Whether an output or a moving input is complex."""
+        ends = [*self.outputs, *(edge for edge in self.inputs if edge is not None)]
+        return any(node._input_metadata[k].dtype.is_complex for node, k in ends)
+
+    def pull(self, *cotangents: Tensor | None) -> Tensors:
+        """The transposed Jacobian times cotangents of the outputs: one per moving input."""
+        # The node of a Python autograd.Function is not callable.
+        node: Any = self.node
+        result = node(*cotangents) if callable(node) else node.apply(*cotangents)
+        pulled = result if isinstance(result, tuple) else (result,)
+        return tuple(map(_like_input, pulled, self.inputs))
+
+
+def _zeros(edge: Edge) -> Tensor:
+    like = edge[0]._input_metadata[edge[1]]
+    return torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
+
+
+def _like_input(cotangent: Tensor | None, edge: Edge | None) -> Tensor | None:
+    if cotangent is None or edge is None:
+        return None
+    # A node leaves it to autograd's engine to sum over what broadcasting has repeated.
+    like = edge[0]._input_metadata[edge[1]]
+    if cotangent.shape != like.shape:
+        cotangent = cotangent.sum_to_size(like.shape)
+    return cotangent.to(like.dtype)
+
+
+def _signed(value: Any) -> Any:
+    # Autograd shows the integers it saved as unsigned ones.
+    if isinstance(value, int):
+        return value - 2**64 if value >= 2**63 else value
+    if isinstance(value, tuple):
+        return tuple(map(_signed, value))
+    return value
+
+
+class Graph:
+    """The calls that parameters flow through on their way to the losses, in order of evaluation.
+
+    Every path by which a tangent can reach the losses is a chain of its edges, also through
+    views, in-place writes, C++ extensions and Python functions: autograd keeps them for the
+    gradient. What is not on such a path has derivative zero for autograd too.
+
+    Attributes:
+        calls: in order of evaluation.
+        leaves: the edge of each parameter.
+        root: the edge of the losses.
+    """
+
+    def __init__(self, losses: Tensor, params: Sequence[Tensor]) -> None:
+        self.leaves: list[Edge] = [_edge(p) for p in params]
+        self.root = _edge(losses)
+        moving = {node for node, _ in self.leaves}
+        self.calls: list[Call] = []
+        for node in _in_order(self.root[0]):
+            inputs = tuple(
+                (parent, i) if parent in moving else None for parent, i in node.next_functions
+            )
+            if any(inputs):
+                moving.add(node)
+                self.calls.append(Call(node, inputs))
+
+    def uses(self) -> dict[Edge, int]:
+        """How many inputs each edge feeds."""
+        counts: dict[Edge, int] = {}
+        for call in self.calls:
+            for edge in call.inputs:
+                if edge is not None:
+                    counts[edge] = counts.get(edge, 0) + 1
+        return counts
+
+
+def _edge(tensor: Tensor) -> Edge:
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _in_order(root: Node) -> Iterator[Node]:
+    """Every node behind ``root`` after all those that it depends on."""
+    seen = {root}
+    stack = [(root, iter(root.next_functions))]
+    while stack:
+        node, parents = stack[-1]
+        for parent, _ in parents:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append((parent, iter(parent.next_functions)))
+                break
+        else:
+            stack.pop()
+            yield node

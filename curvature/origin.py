@@ -1,0 +1,133 @@
+"""Where in the user's model an operation came from, and which cotangents a hook may change."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The call of the user's model that an operation belongs to.
+
+    Attributes:
+        operation: autograd's name of the operation, as "AddmmBackward0".
+        function: the torch function that was called, as "linear"; empty if it is not known.
+        module: path of the innermost module, as "layers.0.attention"; empty outside modules.
+        line: file and line of the user's code, as "model.py:12" or "after model.py:12"; empty if
+            it is not known.
+    """
+
+    operation: str
+    function: str
+    module: str
+    line: str
+
+    def __str__(self) -> str:
+        parts = [self.function or self.operation]
+        parts += [f"in {self.module}"] if self.module else []
+        parts += [self.line] if self.line else []
+        return ", ".join(parts)
+
+
+class Origins:
+    """Notes, during a forward pass, which stretch of autograd's sequence each call made.
+
+    Attributes:
+        hooks_interfere: whether a hook, put on a tensor in the forward pass, changed a cotangent.
+    """
+
+    def __init__(self) -> None:
+        self.hooks_interfere = False
+        self._starts: list[int] = []
+        self._stretches: list[tuple[str, str, tuple[nn.Module, ...]]] = []
+        self._modules: tuple[nn.Module, ...] = ()
+        self._line = ""
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around the forward pass."""
+        hooks = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+        try:
+            with _Watch(self):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._modules = (*self._modules, module)
+        self._begin("")
+
+    def _leave(self, *_: Any) -> None:
+        self._modules = self._modules[:-1]
+        self._begin("")
+
+    def _begin(self, function: str) -> None:
+        """What autograd records from here on belongs to this function; empty: to none known."""
+        self._starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+        self._stretches.append((function, self._line, self._modules))
+
+    @contextmanager
+    def calling(self, function: Callable[..., Any]) -> Iterator[None]:
+        """Around the call of a torch function."""
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+            frame = frame.f_back
+        self._line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        self._begin(getattr(function, "__name__", str(function)))
+        yield
+        self._begin("")
+
+    def of(self, operation: str, sequence_nr: int) -> Origin:
+        """The origin of the node with this name and number in autograd's sequence."""
+        k = bisect_right(self._starts, sequence_nr) - 1
+        if k < 0:
+            return Origin(operation, "", "", "")
+        function, line, modules = self._stretches[k]
+        path = ""
+        if modules:
+            path = next((name for name, m in modules[0].named_modules() if m is modules[-1]), "")
+        # Python functions of the user's own are not seen: they come after the last call that is.
+        return Origin(operation, function, path, line if function or not line else f"after {line}")
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, origins: Origins) -> None:
+        super().__init__()
+        self._origins = origins
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.register_hook:
+            return self._register(*args, **(kwargs or {}))
+        with self._origins.calling(func):
+            return func(*args, **(kwargs or {}))
+
+    def _register(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        def watched(cotangent: Tensor) -> Tensor | None:
+            changed = hook(cotangent)
+            if changed is not None:
+                self._origins.hooks_interfere = True
+            return changed
+
+        return tensor.register_hook(watched)  # type: ignore[no-untyped-call]

@@ -1,0 +1,33 @@
+"""Rules for operations, one file per family; importing this package fills the table."""
+
+from curvature.graph import Call
+from curvature.rules import (
+    attention,
+    bilinear,
+    elementwise,
+    linear,
+    loss,
+    normalisation,
+    product,
+)
+from curvature.rules.local import LocalDoubleBackward
+from curvature.rules.table import Rule, find
+
+__all__ = [
+    "attention",
+    "bilinear",
+    "elementwise",
+    "linear",
+    "loss",
+    "normalisation",
+    "product",
+    "rule_of",
+]
+
+_ANY = LocalDoubleBackward()
+
+
+def rule_of(call: Call) -> Rule:
+    """The rule for a call; its own double backward where there is none, or a number is complex."""
+    rule = find(call.name)
+    return _ANY if rule is None or call.is_complex() else rule

@@ -1,0 +1,104 @@
+"""Activations and other functions entry by entry: each line is f''(x) xdot, given ydot."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from curvature.graph import Call
+from curvature.rules.table import Elementwise, elementwise, register
+
+# Piecewise linear: f'' is zero wherever it exists.
+for _name in (
+    "AbsBackward0",
+    "ClampBackward0",
+    "ClampBackward1",
+    "ClampMinBackward0",
+    "ClampMaxBackward0",
+    "HardtanhBackward0",
+    "LeakyReluBackward0",
+    "ReluBackward0",
+    "ThresholdBackward0",
+):
+    register(_name, Elementwise(None))
+
+
+@elementwise("ExpBackward0")
+def _exp(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return y.clone()
+
+
+@elementwise("LogBackward0")
+def _log(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y / call.self).neg_()
+
+
+@elementwise("SqrtBackward0")
+def _sqrt(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y / call.result.square()).mul_(-0.5)
+
+
+@elementwise("RsqrtBackward0")
+def _rsqrt(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return call.result.square().mul_(y).mul_(-1.5)
+
+
+@elementwise("ReciprocalBackward0")
+def _reciprocal(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.result).mul_(-2)
+
+
+@elementwise("TanhBackward0")
+def _tanh(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.result).mul_(-2)
+
+
+@elementwise("SigmoidBackward0")
+def _sigmoid(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (call.result * -2).add_(1).mul_(y)
+
+
+@elementwise("SinBackward0")
+def _sin(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return call.self.sin().mul_(x).neg_()
+
+
+@elementwise("CosBackward0")
+def _cos(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return call.self.cos().mul_(x).neg_()
+
+
+@elementwise("SoftplusBackward0")
+def _softplus(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    # Beyond the threshold autograd takes f for the identity, and 1 - sigmoid is not quite zero.
+    z = call.self * call.beta
+    return (
+        torch.sigmoid(z).neg_().add_(1).mul_(y).mul_(call.beta).masked_fill_(z > call.threshold, 0)
+    )
+
+
+@elementwise("SiluBackward0")
+def _silu(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    s = torch.sigmoid(call.self)
+    slope = s * (1 - s)
+    return (1 - 2 * s).mul_(call.self).add_(2).mul_(slope).mul_(x)
+
+
+@elementwise("GeluBackward0")
+def _gelu(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    t = call.self
+    if call.approximate == "none":
+        # f = t Phi(t), f'' = (2 - t²) phi(t)
+        square = t * t
+        density = torch.exp(square * -0.5).mul_(1 / math.sqrt(2 * math.pi))
+        return density.mul_(square.neg_().add_(2)).mul_(x)
+    # f = t (1 + tanh u)/2 with u = k (t + c t³)
+    k, c = math.sqrt(2 / math.pi), 0.044715
+    square = t * t
+    w = torch.tanh(k * t * (1 + c * square))
+    slope = k * (1 + 3 * c * square)
+    bend = 1 - w * w
+    inner = slope * bend + t * bend * (3 * k * c * t - w * slope * slope)
+    return inner.mul_(x)

@@ -1,0 +1,201 @@
+"""Rules that ask autograd: the double backward of one operation, cut off from its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from curvature.errors import NotTwiceDifferentiable, tells_no_second_derivative
+from curvature.graph import Call, Tensors
+from curvature.rules.table import Rule, inner
+
+
+class Transposition(Rule):
+    """A linear operation, as the transpose of its transposed Jacobian."""
+
+    linear = True
+
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        return _Local(call, dots, call.zeros()).tangent()
+
+    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        outputs = self.tangent(call, dots)
+        return outputs, (None,) * len(outputs)
+
+
+class LocalDoubleBackward(Rule):
+    """Any operation whose backward pass autograd differentiates.
+
+    With G(u) = J^T u and h = <G(u), xdot>, the gradient of h in u is J xdot, and its gradient
+    in the inputs, at u = yhat, is the cross term D²F(xdot, .)^T yhat.
+    """
+
+    def __init__(self) -> None:
+        self._proved: set[str] = set()
+
+    def check(self, call: Call) -> None:
+        # A Python function's name does not tell which one it is.
+        if call.name not in self._proved or not callable(call.node):
+            self.adjoint(call, call.still(), tuple(call.zeros()))
+            self._proved.add(call.name)
+
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        return _Local(call, dots, call.zeros()).tangent()
+
+    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        local = _Local(call, dots, call.zeros())
+        outputs, crosses = local.derivatives(create_graph=True)
+        with torch.enable_grad():
+            number = inner(crosses, dots)
+        bends: Tensors = (None,) * len(outputs)
+        if number is not None and number.requires_grad:
+            bends = local.differentiate(number, local.u)
+        return _detached(outputs), bends
+
+    def adjoint(
+        self, call: Call, dots: Tensors, cotangents: Tensors
+    ) -> tuple[Tensors, Tensor | None]:
+        outputs, crosses = _Local(call, dots, _filled(call, cotangents)).derivatives()
+        return outputs, inner(crosses, dots)
+
+    def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
+        return _Local(call, dots, _filled(call, cotangents)).derivatives()[1]
+
+
+class _Local:
+    """h(u, x) = <J(x)^T u, xdot> of one call, with a graph that ends at the call's inputs."""
+
+    def __init__(self, call: Call, dots: Tensors, u: Sequence[Tensor]) -> None:
+        self._call, self._dots = call, dots
+        self.u = [cotangent.detach().requires_grad_() for cotangent in u]
+        with torch.enable_grad(), _refusing(call):
+            pulled = call.pull(*self.u)
+            self._check(pulled)
+            self._h = inner(pulled, dots)
+
+    def tangent(self) -> Tensors:
+        """J xdot."""
+        if self._h is None or not self._h.requires_grad:
+            return (None,) * len(self.u)
+        return self.differentiate(self._h, self.u)
+
+    def derivatives(self, *, create_graph: bool = False) -> tuple[Tensors, Tensors]:
+        """The gradient of h in u, J xdot, and in each input, the cross term."""
+        n, inputs = len(self.u), self._call.inputs
+        if self._h is None or not self._h.requires_grad:
+            return (None,) * n, (None,) * len(inputs)
+        edges = self._call.edges
+        grads = self.differentiate(self._h, [*self.u, *edges], create_graph=create_graph)
+        rest = iter(grads[n:])
+        return grads[:n], tuple(None if edge is None else next(rest) for edge in inputs)
+
+    def differentiate(
+        self,
+        output: Tensor,
+        inputs: Sequence[Any],
+        *,
+        create_graph: bool = False,
+    ) -> Tensors:
+        with _refusing(self._call), _cut({edge.node for edge in self._call.edges}):
+            grads = torch.autograd.grad(
+                output, inputs, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+        if create_graph:
+            self._check_graph(grads)
+        return grads
+
+    def _check(self, pulled: Tensors) -> None:
+        """Refuse a J^T u whose derivative would be wrong without an error."""
+        for cotangent, dot in zip(pulled, self._dots, strict=True):
+            if cotangent is None or dot is None or cotangent.requires_grad:
+                continue
+            if not self._zero_for_good(cotangent):
+                raise _refusal(self._call, "its backward pass returns a gradient without graph")
+        self._check_graph(pulled)
+
+    def _check_graph(self, tensors: Tensors) -> None:
+        ends = {edge.node for edge in self._call.edges}
+        seen: set[Node] = set()
+        waiting = [g.grad_fn for g in tensors if g is not None]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen or node in ends:
+                continue
+            seen.add(node)
+            name = node.name()
+            if name == "torch::autograd::Error":
+                raise _refusal(self._call, "it is marked once_differentiable")
+            if name == "torch::autograd::AccumulateGrad" and not any(
+                node.variable is u  # type: ignore[attr-defined]
+                for u in self.u
+            ):
+                raise _refusal(self._call, "its backward pass uses a tensor that is no input of it")
+            waiting.extend([parent for parent, _ in node.next_functions])
+
+    def _zero_for_good(self, cotangent: Tensor) -> bool:
+        # With u = 0 every J^T u is zero: only another u tells.
+        if bool(cotangent.any()):
+            return False
+        if any(bool(u.any()) for u in self.u):
+            return True
+        with torch.no_grad():
+            return not any(
+                bool(g.any())
+                for g in self._call.pull(*map(torch.ones_like, self.u))
+                if g is not None
+            )
+
+
+@contextmanager
+def _refusing(call: Call) -> Iterator[None]:
+    try:
+        yield
+    except NotTwiceDifferentiable:
+        raise
+    except RuntimeError as error:
+        if not tells_no_second_derivative(error):
+            raise
+        raise _refusal(call, str(error).splitlines()[0].rstrip(".")) from error
+
+
+def _refusal(call: Call, reason: str) -> NotTwiceDifferentiable:
+    return NotTwiceDifferentiable(
+        f"PyTorch cannot differentiate {call.name} twice: {reason}. Replace that operation by "
+        "others, register a rule for it (curvature.extend), or use curvature.fit, which needs "
+        "only forward passes."
+    )
+
+
+def _filled(call: Call, cotangents: Tensors) -> list[Tensor]:
+    return [
+        zero if cotangent is None else cotangent
+        for zero, cotangent in zip(call.zeros(), cotangents, strict=True)
+    ]
+
+
+def _detached(tensors: Tensors) -> Tensors:
+    return tuple(None if t is None else t.detach() for t in tensors)
+
+
+@contextmanager
+def _cut(nodes: set[Node]) -> Iterator[None]:
+    """Inside, a derivative that reaches one of the nodes does not go on to its parents.
+
+    Where one input of a call is computed from another, a derivative by the latter would
+    otherwise also hold what flows through the former.
+    """
+    inner_nodes = [node for node in nodes if node.next_functions]
+    hooks = []
+    if len(nodes) > 1:
+        for node in inner_nodes:
+            hooks.append(node.register_prehook(lambda grads: (None,) * len(grads)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

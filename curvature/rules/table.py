@@ -1,0 +1,272 @@
+"""What a rule is, the families that carry the algebra, and the table that finds a rule by name.
+
+An operation is y = F(x). With xdot the tangents of its inputs and yhat the cotangents of its
+outputs, a rule knows J xdot, the bend D²F[xdot, xdot], and the cross term D²F(xdot, .)^T yhat.
+The transposed Jacobian needs no rule: it is autograd's own node.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.graph import Call, Tensors
+
+
+class Rule(ABC):
+    """How one operation carries tangents, to second order.
+
+    Tangents are given for each differentiable input, and returned for each output, in
+    autograd's order; None stands for zero.
+
+    Attributes:
+        linear: whether the operation is linear in the inputs that move; then it has no bend.
+    """
+
+    linear = False
+
+    def check(self, call: Call) -> None:  # noqa: B027
+        """Refuse a call that this rule cannot serve, before anything is computed.
+
+        Raises:
+            NotTwiceDifferentiable: with the reason.
+        """
+
+    @abstractmethod
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        """J xdot."""
+
+    @abstractmethod
+    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        """J xdot and the bend D²F[xdot, xdot]."""
+
+    def adjoint(
+        self, call: Call, dots: Tensors, cotangents: Tensors
+    ) -> tuple[Tensors, Tensor | None]:
+        """J xdot and the number <yhat, D²F[xdot, xdot]>, in at least float32."""
+        outputs, bends = self.jet(call, dots)
+        return outputs, inner(cotangents, bends)
+
+    def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
+        """D²F(xdot, .)^T yhat: half the gradient of <yhat, D²F[xdot, xdot]> in xdot."""
+        with torch.enable_grad():
+            moving = [d.detach().requires_grad_() for d in dots if d is not None]
+            leaves = iter(moving)
+            _, bends = self.jet(call, tuple(d if d is None else next(leaves) for d in dots))
+            number = inner(cotangents, bends)
+            if number is None:
+                return (None,) * len(dots)
+            grads = iter(torch.autograd.grad(number / 2, moving, allow_unused=True))
+        return tuple(None if d is None else next(grads) for d in dots)
+
+
+class Linear(Rule):
+    """F is linear: the tangent is F of the tangents."""
+
+    linear = True
+
+    def __init__(self, apply: Callable[..., Any]) -> None:
+        self._apply = apply
+
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        return _as_tuple(self._apply(call, *dots))
+
+    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        outputs = self.tangent(call, dots)
+        return outputs, (None,) * len(outputs)
+
+
+class Elementwise(Rule):
+    """y = f(x) entry by entry. The Jacobian is diagonal, so J xdot is autograd's own J^T xdot.
+
+    Args:
+        bend: f''(x) xdot, given the call, xdot and ydot = f'(x) xdot; or None where f'' is zero.
+    """
+
+    def __init__(self, bend: Callable[[Call, Tensor, Tensor], Tensor] | None) -> None:
+        self._bend = bend
+        self.linear = bend is None
+
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        return (call.pull(dots[0])[0],)
+
+    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        (x,), (y,) = dots, self.tangent(call, dots)
+        if self._bend is None:
+            return (y,), (None,)
+        assert x is not None
+        assert y is not None
+        return (y,), (self._bend(call, x, y).mul_(x),)
+
+    def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
+        (x,), (y,), (cotangent,) = dots, self.tangent(call, dots), cotangents
+        if self._bend is None or cotangent is None:
+            return (None,)
+        assert x is not None
+        assert y is not None
+        return (self._bend(call, x, y).mul_(cotangent),)
+
+
+class Bilinear(Rule):
+    """y = B(a, b), plus an input that is only added: the bend is 2 B(adot, bdot).
+
+    Args:
+        left, right: names of the saved a and b.
+        product: B(call, a, b).
+        transposed: (call, a, b, yhat) -> the cotangents of a and b.
+        inputs: where a and b stand among the inputs.
+        added: (call, cdot) -> what a moving third input adds to ydot.
+    """
+
+    def __init__(
+        self,
+        left: str,
+        right: str,
+        product: Callable[[Call, Tensor, Tensor], Tensor],
+        transposed: Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+        *,
+        inputs: tuple[int, int] = (0, 1),
+        added: Callable[[Call, Tensor], Tensor] | None = None,
+    ) -> None:
+        self._left, self._right, self._inputs = left, right, inputs
+        self._product, self._transposed, self._added = product, transposed, added
+
+    def _split(self, dots: Tensors) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        a, b = self._inputs
+        rest = [d for i, d in enumerate(dots) if i not in self._inputs]
+        return dots[a], dots[b], rest[0] if rest else None
+
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        a, b, c = self._split(dots)
+        out = None
+        if a is not None:
+            out = multiply(self._product, call, a, getattr(call, self._right))
+        if b is not None:
+            other = multiply(self._product, call, getattr(call, self._left), b)
+            out = other if out is None else out.add_(other)
+        if c is not None:
+            assert self._added is not None
+            third = self._added(call, c)
+            out = third.expand(call.shape()) if out is None else out.add_(third)
+        return (out,)
+
+    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        a, b, _ = self._split(dots)
+        bend = None
+        if a is not None and b is not None:
+            bend = multiply(self._product, call, a, b).mul_(2)
+        return self.tangent(call, dots), (bend,)
+
+    def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
+        result: list[Tensor | None] = [None] * len(dots)
+        a, b, _ = self._split(dots)
+        (y,) = cotangents
+        if a is not None and b is not None and y is not None:
+            left, right = self._inputs
+            result[left], result[right] = self._transposed(call, a, b, y)
+        return tuple(result)
+
+
+class General(Rule):
+    """Any other operation.
+
+    Args:
+        push: (call, dots, bend) -> ydot, or with ``bend`` the pair of ydot and D²F[xdot, xdot];
+            each a tensor, None, or a tuple of these for several outputs. Written with operations
+            that autograd differentiates, it serves the cross term too.
+    """
+
+    def __init__(self, push: Callable[[Call, Tensors, bool], Any]) -> None:
+        self._push = push
+
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        return _as_tuple(self._push(call, dots, False))
+
+    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        outputs, bends = self._push(call, dots, True)
+        return _as_tuple(outputs), _as_tuple(bends)
+
+
+def _as_tuple(value: Any) -> Tensors:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def inner(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor | None:
+    """The real inner product of two lists of tensors, in which None is zero."""
+    pairs = zip(left, right, strict=False)
+    numbers = [_real_dot(a, b) for a, b in pairs if a is not None and b is not None]
+    return sum(numbers[1:], numbers[0]) if numbers else None
+
+
+def _real_dot(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_complex():
+        return _real_dot(torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj()))
+    if a.dtype in (torch.float16, torch.bfloat16):
+        return _real_dot(a.float(), b.float())
+    return torch.dot(a.reshape(-1), b.to(a.dtype).reshape(-1))
+
+
+_TABLE: dict[str, Rule] = {}
+_product_dtype: ContextVar[torch.dtype | None] = ContextVar("product_dtype", default=None)
+
+
+@contextmanager
+def products_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, rules multiply matrices in this dtype, and round the result to the tangents'."""
+    token = _product_dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _product_dtype.reset(token)
+
+
+def multiply(product: Callable[..., Tensor], call: Call, a: Tensor, b: Tensor) -> Tensor:
+    """``product(call, a, b)`` in the dtype that :func:`products_in` asks for."""
+    dtype = _product_dtype.get()
+    if dtype is None:
+        return product(call, a, b)
+    return product(call, a.to(dtype), b.to(dtype)).to(a.dtype)
+
+
+def register(name: str, rule: Rule) -> None:
+    """Let ``rule`` serve the calls of this name; a second rule for one name is refused."""
+    if name in _TABLE:
+        raise ValueError(f"there is a rule for {name} already")
+    _TABLE[name] = rule
+
+
+def linear(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register F of the tangents as a :class:`Linear` rule."""
+    return _registering(Linear, names)
+
+
+def elementwise(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register f''(x) xdot as an :class:`Elementwise` rule."""
+    return _registering(Elementwise, names)
+
+
+def general(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ydot and bend as a :class:`General` rule."""
+    return _registering(General, names)
+
+
+def _registering(
+    family: type[Rule], names: Sequence[str]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            register(name, family(function))  # type: ignore[call-arg]
+        return function
+
+    return decorate
+
+
+def find(name: str) -> Rule | None:
+    """The rule for the calls of this name, if there is one."""
+    return _TABLE.get(name)

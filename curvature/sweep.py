@@ -1,0 +1,264 @@
+"""The tangent passes over a graph: Algorithm 2, second-order jets, and Hessian-vector products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from curvature.contributions import Contributions
+from curvature.errors import NotTwiceDifferentiable
+from curvature.graph import Call, Edge, Graph, Tensors
+from curvature.origin import Origins
+from curvature.quadratic import Quadratic
+from curvature.rules import rule_of
+from curvature.rules.local import LocalDoubleBackward
+from curvature.rules.table import Rule, products_in
+
+
+class Sweep:
+    """Second derivatives of recorded losses with respect to their parameters.
+
+    Args:
+        losses: with a graph, a scalar or one per sample.
+        params: tensors that the losses were computed from.
+        origins: where the operations came from.
+        product_dtype: the dtype in which to multiply matrices, if not the tangents' own.
+
+    Raises:
+        NotTwiceDifferentiable: an operation has neither a rule nor a double backward of its own.
+    """
+
+    def __init__(
+        self,
+        losses: Tensor,
+        params: Sequence[Tensor],
+        origins: Origins,
+        product_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._graph = Graph(losses, params)
+        self._origins, self._product_dtype = origins, product_dtype
+        self._root = losses
+        self._losses = losses.detach()
+        self._params = list(params)
+        self._rules = [rule_of(call) for call in self._graph.calls]
+        for call, rule in zip(self._graph.calls, self._rules, strict=True):
+            with self._located(call):
+                rule.check(call)
+        names = {
+            call.name
+            for call, rule in zip(self._graph.calls, self._rules, strict=True)
+            if isinstance(rule, LocalDoubleBackward)
+        }
+        self._note = f" (double backward: {', '.join(sorted(names))})" if names else ""
+        self._cotangents: dict[int, Tensors] = {}
+        self._collected = False
+
+    @staticmethod
+    def available() -> bool:
+        """Whether this PyTorch shows what its graph saved and what it leads to (2.5 or newer)."""
+        return hasattr(Node, "_input_metadata")
+
+    def directional(self, direction: Sequence[Tensor], *, per_sample: bool) -> Quadratic:
+        """Slope and curvature of the mean loss, and of each sample's if asked."""
+        value = self._losses.mean()
+        if per_sample or not self._trustworthy():
+            name = "jet" + self._note
+            slopes, curvatures = self.jets(direction)
+            samples = Quadratic(self._losses, slopes, curvatures, name) if per_sample else None
+            return Quadratic(value, slopes.mean(), curvatures.mean(), name, samples)
+        slopes, terms = self.adjoint(direction)
+        numbers = [number for _, _, number in terms]
+        curvature = torch.stack(numbers).sum() if numbers else torch.zeros_like(value)
+        return Quadratic(
+            value,
+            slopes.mean(),
+            curvature,
+            "tangent" + self._note,
+            contributions=Contributions(self._origins, terms),
+        )
+
+    def _collect(self) -> None:
+        weights = torch.full_like(self._losses, 1 / self._losses.numel())
+        with self.collecting():
+            torch.autograd.grad(
+                self._root, self._params, weights, retain_graph=True, allow_unused=True
+            )
+
+    def _trustworthy(self) -> bool:
+        """Whether the cotangents were collected, and no hook had a hand in them."""
+        return self._collected and not self._hooked()
+
+    def _hooked(self) -> bool:
+        # Modules with backward hooks put this operation into the graph.
+        modules = any(call.name == "BackwardHookFunctionBackward" for call in self._graph.calls)
+        return modules or self._origins.hooks_interfere
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Around the backward pass of the mean loss: keep the cotangents that bend."""
+        hooks = [
+            call.node.register_prehook(_keeper(self._cotangents, i))
+            for i, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True))
+            if not rule.linear
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._collected = True
+
+    @torch.no_grad()
+    def adjoint(self, direction: Sequence[Tensor]) -> tuple[Tensor, list[tuple[str, int, Tensor]]]:
+        """The losses' tangent, and the terms <yhat, D²F[xdot, xdot]> of v^T H v of the mean.
+
+        Algorithm 2 of *Adaptive scaling of the learning rate*. A term is given with the name of
+        its operation and its number in autograd's sequence.
+        """
+        terms = []
+
+        def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
+            cotangents = self._cotangents.get(i)
+            if cotangents is None:
+                return rule.tangent(call, dots)
+            outputs, number = rule.adjoint(call, dots, cotangents)
+            if number is not None:
+                terms.append((call.name, call.node._sequence_nr(), number.to(self._losses)))
+            return outputs
+
+        return self._filled(self._forward(direction, step)), terms
+
+    @torch.no_grad()
+    def jets(self, direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The losses' first and second derivative along v, each in the shape of the losses.
+
+        y'' = J x'' + D²F[x', x'], with x'' = 0 for the parameters. No cotangent takes part.
+        """
+        seconds: dict[Edge, Tensor] = {}
+
+        def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
+            ddots = tuple(None if e is None else seconds.get(e) for e in call.inputs)
+            outputs, bends = rule.jet(call, dots)
+            if any(d is not None for d in ddots):
+                pushed = rule.tangent(call, ddots)
+                bends = tuple(map(_add, pushed, bends))
+            for k, bend in enumerate(bends):
+                if bend is not None:
+                    seconds[call.node, k] = bend
+            return outputs
+
+        tangent = self._forward(direction, step, dying=lambda edge: seconds.pop(edge, None))
+        return self._filled(tangent), self._filled(seconds.get(self._graph.root))
+
+    @torch.no_grad()
+    def hvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """H v of the mean loss, by one more reverse sweep: equation (24), appendix A.1.
+
+        Raises:
+            NotTwiceDifferentiable: a hook changed the cotangents that this needs.
+        """
+        if not self._collected:
+            self._collect()
+        if self._hooked():
+            raise NotTwiceDifferentiable(
+                "a backward hook may have changed the cotangents, so that they are not those of "
+                'the loss: remove it, or use engine="reference", which differentiates through it'
+            )
+        moving: list[tuple[int, Tensors]] = []
+
+        def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
+            moving.append((i, dots))
+            return rule.tangent(call, dots)
+
+        self._forward(vector, step)
+        cots: dict[Edge, Tensor] = {}
+        kept = set(self._graph.leaves)
+        while moving:
+            i, dots = moving.pop()
+            call, rule = self._graph.calls[i], self._rules[i]
+            turned = tuple(cots.get(edge) for edge in call.outputs)
+            parts: list[Tensors] = []
+            if any(t is not None for t in turned):
+                parts.append(call.pull(*turned))
+            cotangents = self._cotangents.get(i)
+            if cotangents is not None:
+                parts.append(rule.cross(call, dots, cotangents))
+            for done in call.outputs:
+                if done not in kept:
+                    cots.pop(done, None)
+            for part in parts:
+                for edge, cot in zip(call.inputs, part, strict=True):
+                    if edge is not None and cot is not None:
+                        cots[edge] = cot if edge not in cots else cots[edge] + cot
+        return [
+            cots.get(edge, torch.zeros_like(p)).to(p)
+            for edge, p in zip(self._graph.leaves, self._params, strict=True)
+        ]
+
+    def _forward(
+        self,
+        direction: Sequence[Tensor],
+        step: Callable[[int, Call, Rule, Tensors], Tensors],
+        dying: Callable[[Edge], object] = lambda edge: None,
+    ) -> Tensor | None:
+        """Carry tangents from the parameters to the losses, dropping each after its last use."""
+        with products_in(self._product_dtype):
+            return self._carry(direction, step, dying)
+
+    def _carry(
+        self,
+        direction: Sequence[Tensor],
+        step: Callable[[int, Call, Rule, Tensors], Tensors],
+        dying: Callable[[Edge], object],
+    ) -> Tensor | None:
+        uses = self._graph.uses()
+        dots: dict[Edge, Tensor] = {}
+        for edge, v in zip(self._graph.leaves, direction, strict=True):
+            dots[edge] = v if edge not in dots else dots[edge] + v
+        for i, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True)):
+            arriving = tuple(None if e is None else dots.get(e) for e in call.inputs)
+            if any(d is not None for d in arriving):
+                with self._located(call):
+                    outputs = step(i, call, rule, arriving)
+                for k, dot in enumerate(outputs):
+                    if dot is not None:
+                        # A parameter that is itself computed moves on its own as well.
+                        before = dots.get((call.node, k))
+                        dots[call.node, k] = dot if before is None else before + dot
+            for used in call.inputs:
+                if used is not None:
+                    uses[used] -= 1
+                    if uses[used] == 0:
+                        dots.pop(used, None)
+                        dying(used)
+        return dots.get(self._graph.root)
+
+    @contextmanager
+    def _located(self, call: Call) -> Iterator[None]:
+        try:
+            yield
+        except NotTwiceDifferentiable as error:
+            origin = self._origins.of(call.name, call.node._sequence_nr())
+            raise NotTwiceDifferentiable(f"{origin}: {error}") from error
+
+    def _filled(self, losses: Tensor | None) -> Tensor:
+        if losses is None:
+            return torch.zeros_like(self._losses)
+        return losses.to(self._losses.dtype).expand_as(self._losses)
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _keeper(store: dict[int, Tensors], i: int) -> Callable[[Tensors], None]:
+    def keep(cotangents: Tensors) -> None:
+        store[i] = cotangents
+
+    return keep
