@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from curvature.forward import Product
 
 Edge = tuple[Node, int]
 Tensors = tuple[Tensor | None, ...]
@@ -24,12 +26,15 @@ class Call:
         name: of the node, one per differentiable overload ("AddmmBackward0").
         inputs: for each differentiable input the edge it came by, or None if it does not move.
         edges: the gradient edges of the moving inputs.
+        product: the result of a product of two tensors, if it was kept.
     """
 
-    __slots__ = ("inputs", "name", "node")
+    __slots__ = ("inputs", "name", "node", "product")
 
-    def __init__(self, node: Node, inputs: tuple[Edge | None, ...]) -> None:
-        self.node = node
+    def __init__(
+        self, node: Node, inputs: tuple[Edge | None, ...], product: Product | None
+    ) -> None:
+        self.node, self.product = node, product
         self.name = node.name().removeprefix("torch::autograd::")
         self.inputs = inputs
 
@@ -114,7 +119,9 @@ class Graph:
         root: the edge of the losses.
     """
 
-    def __init__(self, losses: Tensor, params: Sequence[Tensor]) -> None:
+    def __init__(
+        self, losses: Tensor, params: Sequence[Tensor], products: Mapping[Node, Product]
+    ) -> None:
         self.leaves: list[Edge] = [_edge(p) for p in params]
         self.root = _edge(losses)
         moving = {node for node, _ in self.leaves}
@@ -125,7 +132,7 @@ class Graph:
             )
             if any(inputs):
                 moving.add(node)
-                self.calls.append(Call(node, inputs))
+                self.calls.append(Call(node, inputs, products.get(node)))
 
     def uses(self) -> dict[Edge, int]:
         """How many inputs each edge feeds."""

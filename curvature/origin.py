@@ -1,4 +1,4 @@
-"""Where in the user's model an operation came from, and which cotangents a hook may change."""
+"""Where in the user's model an operation came from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -46,38 +41,21 @@ class Origin:
 
 
 class Origins:
-    """Notes, during a forward pass, which stretch of autograd's sequence each call made.
-
-    Attributes:
-        hooks_interfere: whether a hook, put on a tensor in the forward pass, changed a cotangent.
-    """
+    """Notes, during a forward pass, which stretch of autograd's sequence each call made."""
 
     def __init__(self) -> None:
-        self.hooks_interfere = False
         self._starts: list[int] = []
         self._stretches: list[tuple[str, str, tuple[nn.Module, ...]]] = []
         self._modules: tuple[nn.Module, ...] = ()
         self._line = ""
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Around the forward pass."""
-        hooks = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
-        try:
-            with _Watch(self):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _enter(self, module: nn.Module, _: Any) -> None:
+    def enter(self, module: nn.Module) -> None:
+        """A module is called."""
         self._modules = (*self._modules, module)
         self._begin("")
 
-    def _leave(self, *_: Any) -> None:
+    def leave(self) -> None:
+        """The innermost module has returned."""
         self._modules = self._modules[:-1]
         self._begin("")
 
@@ -108,26 +86,3 @@ class Origins:
             path = next((name for name, m in modules[0].named_modules() if m is modules[-1]), "")
         # Python functions of the user's own are not seen: they come after the last call that is.
         return Origin(operation, function, path, line if function or not line else f"after {line}")
-
-
-class _Watch(TorchFunctionMode):
-    def __init__(self, origins: Origins) -> None:
-        super().__init__()
-        self._origins = origins
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.register_hook:
-            return self._register(*args, **(kwargs or {}))
-        with self._origins.calling(func):
-            return func(*args, **(kwargs or {}))
-
-    def _register(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
-        def watched(cotangent: Tensor) -> Tensor | None:
-            changed = hook(cotangent)
-            if changed is not None:
-                self._origins.hooks_interfere = True
-            return changed
-
-        return tensor.register_hook(watched)  # type: ignore[no-untyped-call]

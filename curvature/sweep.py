@@ -11,12 +11,16 @@ from torch.autograd.graph import Node
 
 from curvature.contributions import Contributions
 from curvature.errors import NotTwiceDifferentiable
+from curvature.forward import Forward
 from curvature.graph import Call, Edge, Graph, Tensors
-from curvature.origin import Origins
 from curvature.quadratic import Quadratic
 from curvature.rules import rule_of
 from curvature.rules.local import LocalDoubleBackward
-from curvature.rules.table import Rule, products_in
+from curvature.rules.table import Elementwise, Rule, products_in
+
+# glibc gives freed memory back to the system above a threshold, which the largest block freed so
+# far sets, up to 32 MB; without this, every pass would fault the pages of its temporaries in anew.
+torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 class Sweep:
@@ -25,7 +29,7 @@ class Sweep:
     Args:
         losses: with a graph, a scalar or one per sample.
         params: tensors that the losses were computed from.
-        origins: where the operations came from.
+        forward: what was noted in the forward pass.
         product_dtype: the dtype in which to multiply matrices, if not the tangents' own.
 
     Raises:
@@ -36,11 +40,11 @@ class Sweep:
         self,
         losses: Tensor,
         params: Sequence[Tensor],
-        origins: Origins,
+        forward: Forward,
         product_dtype: torch.dtype | None = None,
     ) -> None:
-        self._graph = Graph(losses, params)
-        self._origins, self._product_dtype = origins, product_dtype
+        self._graph = Graph(losses, params, forward.products)
+        self._forward_pass, self._product_dtype = forward, product_dtype
         self._root = losses
         self._losses = losses.detach()
         self._params = list(params)
@@ -54,6 +58,7 @@ class Sweep:
             if isinstance(rule, LocalDoubleBackward)
         }
         self._note = f" (double backward: {', '.join(sorted(names))})" if names else ""
+        self._followers = self._find_followers()
         self._cotangents: dict[int, Tensors] = {}
         self._collected = False
 
@@ -78,8 +83,29 @@ class Sweep:
             slopes.mean(),
             curvature,
             "tangent" + self._note,
-            contributions=Contributions(self._origins, terms),
+            contributions=Contributions(self._forward_pass.origins, terms),
         )
+
+    def _find_followers(self) -> dict[int, int]:
+        """Calls whose only use is an elementwise function: its cotangent tells theirs cheaply."""
+        uses, followers = self._graph.uses(), {}
+        index = {call.node: i for i, call in enumerate(self._graph.calls)}
+        for j, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True)):
+            if isinstance(rule, Elementwise) and not rule.linear:
+                (edge,) = call.inputs
+                assert edge is not None
+                i = index.get(edge[0], -1)
+                alone = uses[edge] == 1 and edge != self._graph.root
+                if i >= 0 and alone and len(self._graph.calls[i].outputs) == 1:
+                    followers[i] = j
+        return followers
+
+    def _cotangents_of(self, i: int) -> Tensors | None:
+        if i not in self._followers:
+            return self._cotangents.get(i)
+        after = self._followers[i]
+        cotangents = self._cotangents_of(after)
+        return None if cotangents is None else self._graph.calls[after].pull(*cotangents)
 
     def _collect(self) -> None:
         weights = torch.full_like(self._losses, 1 / self._losses.numel())
@@ -95,7 +121,7 @@ class Sweep:
     def _hooked(self) -> bool:
         # Modules with backward hooks put this operation into the graph.
         modules = any(call.name == "BackwardHookFunctionBackward" for call in self._graph.calls)
-        return modules or self._origins.hooks_interfere
+        return modules or self._forward_pass.hooks_interfere
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -103,7 +129,7 @@ class Sweep:
         hooks = [
             call.node.register_prehook(_keeper(self._cotangents, i))
             for i, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True))
-            if not rule.linear
+            if not rule.linear and i not in self._followers
         ]
         try:
             yield
@@ -122,7 +148,7 @@ class Sweep:
         terms = []
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
-            cotangents = self._cotangents.get(i)
+            cotangents = self._cotangents_of(i)
             if cotangents is None:
                 return rule.tangent(call, dots)
             outputs, number = rule.adjoint(call, dots, cotangents)
@@ -181,12 +207,9 @@ class Sweep:
             i, dots = moving.pop()
             call, rule = self._graph.calls[i], self._rules[i]
             turned = tuple(cots.get(edge) for edge in call.outputs)
-            parts: list[Tensors] = []
-            if any(t is not None for t in turned):
-                parts.append(call.pull(*turned))
-            cotangents = self._cotangents.get(i)
-            if cotangents is not None:
-                parts.append(rule.cross(call, dots, cotangents))
+            moved = any(t is not None for t in turned)
+            with self._located(call):
+                parts = rule.turn(call, dots, self._cotangents_of(i), turned if moved else None)
             for done in call.outputs:
                 if done not in kept:
                     cots.pop(done, None)
@@ -242,7 +265,7 @@ class Sweep:
         try:
             yield
         except NotTwiceDifferentiable as error:
-            origin = self._origins.of(call.name, call.node._sequence_nr())
+            origin = self._forward_pass.origins.of(call.name, call.node._sequence_nr())
             raise NotTwiceDifferentiable(f"{origin}: {error}") from error
 
     def _filled(self, losses: Tensor | None) -> Tensor:

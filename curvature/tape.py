@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from curvature.differentiable import derivative_mode, twice_differentiable
+from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradient
-from curvature.origin import Origins
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
 from curvature.reference import DoubleBackward
@@ -75,7 +75,8 @@ class Tape:
         if tangent_dtype is not None and not tangent_dtype.is_floating_point:
             raise TypeError(f"tangent_dtype is {tangent_dtype}; it must be real and floating-point")
         fast = engine == "auto" and Sweep.available()
-        self._origins = Origins() if fast else None
+        exact = tangent_dtype is None and not low_memory
+        self._forward = Forward(keep_products=exact) if fast else None
         # No rule serves the fused attention kernels of CUDA.
         plain = not fast or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._variants = twice_differentiable if plain else nullcontext
@@ -96,8 +97,8 @@ class Tape:
         self._stack.enter_context(torch.enable_grad())
         self._stack.enter_context(self._variants())
         self._stack.enter_context(self._reevaluation.recording())
-        if self._origins is not None:
-            self._stack.enter_context(self._origins.noted())
+        if self._forward is not None:
+            self._stack.enter_context(self._forward.noted())
         return self
 
     def __exit__(
@@ -132,10 +133,10 @@ class Tape:
         """
         flat = check_differentiable(losses, params)
         with self._deriving(losses):
-            if self._origins is None:
+            if self._forward is None:
                 engine, result = None, gradient(losses, params, retain_graph=True)
             else:
-                engine = Sweep(losses, flat.leaves, self._origins, self._tangent_dtype)
+                engine = Sweep(losses, flat.leaves, self._forward, self._tangent_dtype)
                 with nullcontext() if self._low_memory else engine.collecting():
                     result = gradient(losses, params, retain_graph=True)
         self._losses, self._params, self._engine = losses, flat, engine

@@ -9,6 +9,7 @@ from curvature.rules import (
     loss,
     normalisation,
     product,
+    recurrent,
 )
 from curvature.rules.local import LocalDoubleBackward
 from curvature.rules.table import Rule, find
@@ -21,6 +22,7 @@ __all__ = [
     "loss",
     "normalisation",
     "product",
+    "recurrent",
     "rule_of",
 ]
 

@@ -13,7 +13,6 @@ from curvature.rules.table import Elementwise, elementwise, register
 # Piecewise linear: f'' is zero wherever it exists.
 for _name in (
     "AbsBackward0",
-    "ClampBackward0",
     "ClampBackward1",
     "ClampMinBackward0",
     "ClampMaxBackward0",

@@ -8,6 +8,8 @@ from torch import Tensor
 from curvature.graph import Call, Tensors
 from curvature.rules.table import general
 
+_BLOCK = 2**18  # entries at a time, so that the temporaries stay in the cache
+
 
 @general("LogSoftmaxBackward0")
 def _log_softmax(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] | Tensor:
@@ -15,13 +17,18 @@ def _log_softmax(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor]
     (x,) = dots
     assert x is not None
     y = call.result
-    p = y.exp()
-    # Measured from the likeliest class: where p is nearly 1, y' would drown in the rounding of x'.
-    x = x - x.gather(call.dim, y.argmax(call.dim, True))
-    out = x - (p * x).sum(call.dim, True)
-    if not bend:
-        return out
-    return out, (p * out * out).sum(call.dim, True).neg().expand_as(out)
+    step = max(1, _BLOCK // max(1, y[:1].numel())) if y.ndim > 1 and call.dim % y.ndim else len(y)
+    outs, variances = [], []
+    for x_rows, y_rows in zip(torch.split(x, step), torch.split(y, step), strict=True):
+        p = y_rows.exp()
+        # Measured from the likeliest class: where p is nearly 1, y' would drown in rounding.
+        out = x_rows - x_rows.gather(call.dim, y_rows.argmax(call.dim, True))
+        out = out - (p * out).sum(call.dim, True)
+        outs.append(out)
+        if bend:
+            variances.append((p * out * out).sum(call.dim, True))
+    out = torch.cat(outs)
+    return (out, -torch.cat(variances).expand_as(out)) if bend else out
 
 
 @general("SoftmaxBackward0")

@@ -53,6 +53,15 @@ class Rule(ABC):
         outputs, bends = self.jet(call, dots)
         return outputs, inner(cotangents, bends)
 
+    def turn(
+        self, call: Call, dots: Tensors, cotangents: Tensors | None, turned: Tensors | None
+    ) -> list[Tensors]:
+        """How J^T yhat changes along xdot: J^T yhatdot and D²F(xdot, .)^T yhat, to be added."""
+        parts = [] if turned is None else [call.pull(*turned)]
+        if cotangents is not None and not self.linear:
+            parts.append(self.cross(call, dots, cotangents))
+        return parts
+
     def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
         """D²F(xdot, .)^T yhat: half the gradient of <yhat, D²F[xdot, xdot]> in xdot."""
         with torch.enable_grad():
@@ -60,7 +69,7 @@ class Rule(ABC):
             leaves = iter(moving)
             _, bends = self.jet(call, tuple(d if d is None else next(leaves) for d in dots))
             number = inner(cotangents, bends)
-            if number is None:
+            if number is None or not number.requires_grad:
                 return (None,) * len(dots)
             grads = iter(torch.autograd.grad(number / 2, moving, allow_unused=True))
         return tuple(None if d is None else next(grads) for d in dots)
@@ -157,11 +166,58 @@ class Bilinear(Rule):
         return (out,)
 
     def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
-        a, b, _ = self._split(dots)
-        bend = None
+        out, half = self._first_and_half(call, dots)
+        return (out,), (None if half is None else half.mul_(2),)
+
+    def adjoint(
+        self, call: Call, dots: Tensors, cotangents: Tensors
+    ) -> tuple[Tensors, Tensor | None]:
+        out, half = self._first_and_half(call, dots)
+        number = inner(cotangents, (half,))
+        return (out,), None if number is None else 2 * number
+
+    def _first_and_half(self, call: Call, dots: Tensors) -> tuple[Tensor, Tensor | None]:
+        """ydot, and half of the bend."""
+        a, b, c = self._split(dots)
+        half = None
         if a is not None and b is not None:
-            bend = multiply(self._product, call, a, b).mul_(2)
-        return self.tangent(call, dots), (bend,)
+            half = multiply(self._product, call, a, b)
+            known = None if call.product is None else call.product()
+            if known is not None:
+                return self._from_known(call, a, b, c, half, *known), half
+        (out,) = self.tangent(call, dots)
+        assert out is not None
+        return out, half
+
+    def _from_known(
+        self,
+        call: Call,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor | None,
+        half: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """B(a, B) + B(A, b) + cdot by one product instead of two, y = B(A, B) + bias being known.
+
+        B(A + t a, B + t b) = B(A, B) + t (B(A, b) + B(a, B)) + t² B(a, b), as in Karatsuba's
+        product. With t² = ‖A‖ ‖B‖ / (‖a‖ ‖b‖) the rounding of the difference is at most that of
+        the two products, since the geometric mean of their sizes is at most the larger.
+        """
+        A, B = getattr(call, self._left), getattr(call, self._right)
+        norms = torch.stack(torch._foreach_norm([A, B, a, b])).log2()
+        t = ((norms[0] + norms[1] - norms[2] - norms[3]) / 2).round().clamp(-60, 60).exp2()
+        out = self._product(call, torch.addcmul(A, a, t), torch.addcmul(B, b, t))
+        out.sub_(y.reshape(out.shape))
+        if bias is not None:
+            assert self._added is not None
+            out.add_(self._added(call, bias))
+        out.div_(t).addcmul_(half, t, value=-1)
+        if c is not None:
+            assert self._added is not None
+            out.add_(self._added(call, c))
+        return out
 
     def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
         result: list[Tensor | None] = [None] * len(dots)
@@ -180,10 +236,23 @@ class General(Rule):
         push: (call, dots, bend) -> ydot, or with ``bend`` the pair of ydot and D²F[xdot, xdot];
             each a tensor, None, or a tuple of these for several outputs. Written with operations
             that autograd differentiates, it serves the cross term too.
+        turn: (call, dots, cotangents, turned) -> J^T turned and the cross term, added; where
+            there is a cheaper way than these two one by one. ``turned`` may hold None.
     """
 
-    def __init__(self, push: Callable[[Call, Tensors, bool], Any]) -> None:
-        self._push = push
+    def __init__(
+        self,
+        push: Callable[[Call, Tensors, bool], Any],
+        turn: Callable[[Call, Tensors, Tensors, Tensors], Tensors] | None = None,
+    ) -> None:
+        self._push, self._turn = push, turn
+
+    def turn(
+        self, call: Call, dots: Tensors, cotangents: Tensors | None, turned: Tensors | None
+    ) -> list[Tensors]:
+        if self._turn is None or cotangents is None:
+            return super().turn(call, dots, cotangents, turned)
+        return [self._turn(call, dots, cotangents, turned or (None,) * len(cotangents))]
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         return _as_tuple(self._push(call, dots, False))
@@ -209,7 +278,13 @@ def _real_dot(a: Tensor, b: Tensor) -> Tensor:
         return _real_dot(torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj()))
     if a.dtype in (torch.float16, torch.bfloat16):
         return _real_dot(a.float(), b.float())
-    return torch.dot(a.reshape(-1), b.to(a.dtype).reshape(-1))
+    # In pieces: a single sum of millions of terms would round away several digits.
+    flat = a.reshape(-1), b.to(a.dtype).reshape(-1)
+    pieces = zip(*(torch.split(t, _PIECE) for t in flat), strict=True)
+    return torch.stack([torch.dot(x, y) for x, y in pieces]).sum(dtype=torch.float64).to(a.dtype)
+
+
+_PIECE = 2**16
 
 
 _TABLE: dict[str, Rule] = {}
@@ -270,3 +345,8 @@ def _registering(
 def find(name: str) -> Rule | None:
     """The rule for the calls of this name, if there is one."""
     return _TABLE.get(name)
+
+
+def registered() -> list[str]:
+    """The names that have a rule."""
+    return list(_TABLE)

@@ -1,0 +1,117 @@
+"""What is noted while the forward pass runs, besides the graph that autograd records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+
+from curvature.origin import Origins
+
+_LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}  # (input, weight, bias)
+_PRODUCTS = {torch.mm, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+
+# Below these a product costs no more than the few sums that save one.
+_LEAST_LENGTH = 128  # of the sums that the product consists of
+_LEAST_WORK = 25_000_000  # multiplications
+
+
+class Product:
+    """The result of a product of two tensors, as long as nobody writes to it."""
+
+    def __init__(self, result: Tensor, bias: Tensor | None) -> None:
+        self._tensors = [result.detach()] + ([] if bias is None else [bias.detach()])
+        self._versions = [t._version for t in self._tensors]
+
+    def __call__(self) -> tuple[Tensor, Tensor | None] | None:
+        """The result and the bias that was added, or None if one was written to since."""
+        if [t._version for t in self._tensors] != self._versions:
+            return None
+        return self._tensors[0], self._tensors[1] if len(self._tensors) > 1 else None
+
+
+class Forward:
+    """Notes of one forward pass.
+
+    Args:
+        keep_products: keep the results of products of two tensors that both have a graph.
+
+    Attributes:
+        origins: where operations came from.
+        products: the results of products, by their nodes.
+        hooks_interfere: whether a hook, put on a tensor in the forward pass, changed a cotangent.
+    """
+
+    def __init__(self, *, keep_products: bool) -> None:
+        self.origins = Origins()
+        self.products: dict[Node, Product] = {}
+        self.hooks_interfere = False
+        self._keep_products = keep_products
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around the forward pass."""
+        hooks = [
+            register_module_forward_pre_hook(lambda module, _: self.origins.enter(module)),
+            register_module_forward_hook(lambda *_: self.origins.leave(), always_call=True),
+        ]
+        try:
+            with _Watch(self):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a torch function, and note what is of use."""
+        if func is Tensor.register_hook:
+            return self._register_hook(*args, **kwargs)
+        with self.origins.calling(func):
+            result = func(*args, **kwargs)
+        if self._keep_products and (func in _LAYERS or func in _PRODUCTS) and len(args) >= 2:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            left, right = args[:2]
+            length = left.shape[-1] if func in _PRODUCTS else right[0].numel()
+            if length >= _LEAST_LENGTH and length * result.numel() >= _LEAST_WORK:
+                self._keep(left, right, bias, result)
+        return result
+
+    def _keep(self, left: Tensor, right: Tensor, bias: Tensor | None, result: Tensor) -> None:
+        if not (left.requires_grad and right.requires_grad) or result.grad_fn is None:
+            return
+        if result.dtype not in (torch.float32, torch.float64):
+            return
+        node = result.grad_fn
+        while node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+            node = node.next_functions[0][0]  # type: ignore[assignment]
+        self.products[node] = Product(result, bias)
+
+    def _register_hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        def watched(cotangent: Tensor) -> Tensor | None:
+            changed = hook(cotangent)
+            if changed is not None:
+                self.hooks_interfere = True
+            return changed
+
+        return tensor.register_hook(watched)  # type: ignore[no-untyped-call]
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self._forward = forward
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return self._forward.call(func, args, kwargs or {})
