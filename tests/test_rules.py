@@ -1,0 +1,429 @@
+"""Every rule against the reference, in float64 and with any of its inputs moving."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from agreement import check_agreement, fast_only
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from curvature.rules import table
+
+pytestmark = fast_only
+F64 = torch.float64
+aten = torch.ops.aten
+
+
+def nodes_of(output: Tensor) -> set[str]:
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(parent for parent, _ in node.next_functions)
+    return {node.name() for node in seen}
+
+
+def size(draw: Any, low: int = 1, high: int = 4) -> int:
+    return draw(st.integers(low, high))
+
+
+def dim_of(draw: Any, ndim: int) -> int:
+    return draw(st.integers(-ndim, ndim - 1))
+
+
+def image(draw: Any, channels: int = 2) -> list[Tensor]:
+    return [torch.randn(size(draw, 1, 2), channels, size(draw, 4, 6), size(draw, 4, 6))]
+
+
+def vectors(draw: Any) -> list[Tensor]:
+    return [torch.randn(*(size(draw) for _ in range(draw(st.integers(1, 3)))))]
+
+
+def positive(draw: Any) -> list[Tensor]:
+    return [x.abs() + 0.5 for x in vectors(draw)]
+
+
+def steep(draw: Any) -> list[Tensor]:
+    """Away from the kinks at -1, 0, 0.5 and 1, where a second derivative does not exist."""
+    return [
+        torch.randint(-4, 4, x.shape) * 0.5 + 0.15 + 0.2 * torch.rand(x.shape)
+        for x in vectors(draw)
+    ]
+
+
+def distinct(draw: Any) -> list[Tensor]:
+    shape = (size(draw), size(draw, 2, 5))
+    return [torch.randperm(shape[0] * shape[1]).view(shape) / 4.0]
+
+
+def matrices(draw: Any) -> list[Tensor]:
+    n, k, m = size(draw), size(draw), size(draw)
+    return [torch.randn(n, k), torch.randn(k, m)]
+
+
+def batches(draw: Any) -> list[Tensor]:
+    b, n, k, m = (size(draw) for _ in range(4))
+    return [torch.randn(b, n, k), torch.randn(b, k, m)]
+
+
+def broadcast(draw: Any) -> list[Tensor]:
+    n, m = size(draw), size(draw)
+    shapes = draw(st.sampled_from([((n, m), (m,)), ((n, 1), (1, m)), ((n, m), (n, m)), ((), (n,))]))
+    return [torch.randn(shape) for shape in shapes]
+
+
+def nonzero(draw: Any) -> list[Tensor]:
+    a, b = broadcast(draw)
+    return [a, b.sign() * (b.abs() + 0.5)]
+
+
+Sample = tuple[Callable[..., Tensor], list[Tensor]]
+SAMPLES: dict[str, Callable[[Any], Sample]] = {}
+
+
+def sample(*names: str) -> Callable[[Callable[[Any], Sample]], Callable[[Any], Sample]]:
+    def decorate(build: Callable[[Any], Sample]) -> Callable[[Any], Sample]:
+        for name in names:
+            assert name not in SAMPLES
+            SAMPLES[name] = build
+        return build
+
+    return decorate
+
+
+def simple(inputs: Callable[[Any], list[Tensor]], **functions: Callable[..., Tensor]) -> None:
+    for name, function in functions.items():
+        sample(name)(lambda draw, function=function: (function, inputs(draw)))
+
+
+simple(
+    vectors,
+    ExpBackward0=torch.exp,
+    TanhBackward0=torch.tanh,
+    SigmoidBackward0=torch.sigmoid,
+    SinBackward0=torch.sin,
+    CosBackward0=torch.cos,
+    SiluBackward0=F.silu,
+    NegBackward0=torch.neg,
+    CloneBackward0=torch.clone,
+    AliasBackward0=lambda x: aten.alias(x),
+    SumBackward0=torch.sum,
+    MeanBackward0=torch.mean,
+    UnsqueezeBackward0=lambda x: x.unsqueeze(0),
+    ViewBackward0=lambda x: x.view(-1),
+    UnsafeViewBackward0=lambda x: aten._unsafe_view(x, [-1]),
+    ReshapeAliasBackward0=lambda x: aten._reshape_alias(x, [x.numel()], [1]),
+    RepeatBackward0=lambda x: x.repeat(2, *[1] * x.ndim),
+    FlipBackward0=lambda x: x.flip(0),
+    RollBackward0=lambda x: x.roll(1, 0),
+    ToCopyBackward0=lambda x: x.to(F64, copy=True),
+    ConstantPadNdBackward0=lambda x: F.pad(x, (1, 2)),
+    AsStridedBackward0=lambda x: x.as_strided((2, x.numel()), (0, 1)),
+    SqueezeBackward0=torch.squeeze,
+    SqueezeBackward4=lambda x: x.clone().unsqueeze(0).squeeze_(0),
+)
+simple(
+    positive,
+    LogBackward0=torch.log,
+    SqrtBackward0=torch.sqrt,
+    RsqrtBackward0=torch.rsqrt,
+    ReciprocalBackward0=torch.reciprocal,
+)
+simple(
+    steep,
+    AbsBackward0=torch.abs,
+    ReluBackward0=torch.relu,
+    ClampBackward1=lambda x: x.clamp(-1, 1),
+    ClampMinBackward0=lambda x: x.clamp_min(0),
+    ClampMaxBackward0=lambda x: x.clamp_max(0),
+    HardtanhBackward0=F.hardtanh,
+    LeakyReluBackward0=F.leaky_relu,
+    ThresholdBackward0=lambda x: F.threshold(x, 0.5, 0.1),
+)
+simple(
+    distinct,
+    MaxBackward0=lambda x: x.max(1)[0],
+    MinBackward0=lambda x: x.min(1)[0],
+    SortBackward0=lambda x: x.sort(1)[0],
+    TopkBackward0=lambda x: x.topk(2, 1)[0],
+    DiagonalBackward0=lambda x: x.diagonal(),
+    TBackward0=torch.t,
+    TraceBackward0=torch.trace,
+    TrilBackward0=torch.tril,
+    TriuBackward0=torch.triu,
+    MaskedFillBackward0=lambda x: x.masked_fill(x > 1, 3.0),
+    MaskedSelectBackward0=lambda x: x.masked_select(x < 1),
+    GatherBackward0=lambda x: x.gather(1, torch.zeros(len(x), 3, dtype=torch.long)),
+    IndexSelectBackward0=lambda x: x.index_select(1, torch.tensor([1, 0, 1])),
+    IndexBackward0=lambda x: x[torch.arange(len(x)), torch.ones(len(x), dtype=torch.long)],
+    UnfoldBackward0=lambda x: x.unfold(1, 2, 1),
+    SelectBackward0=lambda x: x[:, 1],
+    SliceBackward0=lambda x: x[:, ::2],
+    UnbindBackward0=lambda x: x.unbind(1)[1],
+    SplitBackward0=lambda x: x.split(1, 1)[1],
+    SplitWithSizesBackward0=lambda x: x.split([1, x.shape[1] - 1], 1)[1],
+    CumsumBackward0=lambda x: x.cumsum(1),
+)
+simple(matrices, MmBackward0=torch.mm)
+simple(batches, BmmBackward0=torch.bmm)
+simple(broadcast, MulBackward0=torch.mul)
+simple(nonzero, DivBackward0=torch.div)
+simple(
+    image,
+    MaxPool2DWithIndicesBackward0=lambda x: F.max_pool2d(x, 2, 1, 1),
+    AdaptiveAvgPool2DBackward0=lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
+    AdaptiveAvgPool3DBackward0=lambda x: F.adaptive_avg_pool3d(x, (1, 2, 3)),
+    AvgPool3DBackward0=lambda x: F.avg_pool3d(x, (1, 2, 2)),
+    ReflectionPad2DBackward0=lambda x: F.pad(x, (1, 2, 1, 0), mode="reflect"),
+    ReflectionPad1DBackward0=lambda x: F.pad(x[0], (1, 2), mode="reflect"),
+    ReplicationPad2DBackward0=lambda x: F.pad(x, (1, 2, 1, 0), mode="replicate"),
+    UpsampleNearest2DBackward0=lambda x: F.interpolate(x, scale_factor=2),
+    UpsampleBilinear2DBackward0=lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+)
+
+
+@sample("SoftplusBackward0")
+def _softplus(draw: Any) -> Sample:
+    beta, threshold = draw(st.sampled_from([(1.0, 20.0), (2.0, 20.0), (1.0, 0.3)]))
+    return lambda x: F.softplus(x, beta, threshold), steep(draw)
+
+
+@sample("GeluBackward0")
+def _gelu(draw: Any) -> Sample:
+    kind = draw(st.sampled_from(["none", "tanh"]))
+    return lambda x: F.gelu(x, approximate=kind), vectors(draw)
+
+
+@sample("PowBackward0")
+def _pow(draw: Any) -> Sample:
+    exponent = draw(st.sampled_from([0, 1, 2, 3, 0.5, -1.5]))
+    return lambda x: x.pow(exponent), positive(draw)
+
+
+@sample("AddBackward0", "SubBackward0")
+def _add(draw: Any) -> Sample:
+    alpha = draw(st.sampled_from([1, 2.5]))
+    return lambda a, b: torch.add(a, b, alpha=alpha) + torch.sub(b, a, alpha=alpha), broadcast(draw)
+
+
+@sample("SumBackward1", "MeanBackward1", "SqueezeBackward1")
+def _reduction(draw: Any) -> Sample:
+    (x,) = vectors(draw)
+    dim, keep = dim_of(draw, x.ndim), draw(st.booleans())
+    return lambda x: x.sum(dim, keep) + x.mean(dim, keep) + x.sum(dim, True).squeeze(dim).sum(), [x]
+
+
+@sample("SqueezeBackward2")
+def _squeeze(draw: Any) -> Sample:
+    return lambda x: x.unsqueeze(0).squeeze((0,)), vectors(draw)
+
+
+@sample("TransposeBackward0", "PermuteBackward0", "ExpandBackward0")
+def _views(draw: Any) -> Sample:
+    (x,) = vectors(draw)
+    a, b = dim_of(draw, x.ndim), dim_of(draw, x.ndim)
+    dims = draw(st.permutations(range(-x.ndim, 0)))
+    return lambda x: x.transpose(a, b).permute(dims).unsqueeze(0).expand(3, *[-1] * x.ndim), [x]
+
+
+@sample("CatBackward0", "StackBackward0", "WhereBackward0")
+def _joined(draw: Any) -> Sample:
+    (x,) = vectors(draw)
+    dim = dim_of(draw, x.ndim)
+    return (
+        lambda x, y: torch.cat([torch.where(x > 0, x, y), y], dim) * torch.stack([x, y], 0).sum(),
+        [x, torch.randn(x.shape)],
+    )
+
+
+@sample("EmbeddingBackward0")
+def _embedding(draw: Any) -> Sample:
+    indices = torch.randint(5, (size(draw), size(draw)))
+    padding = draw(st.sampled_from([None, 0, 3]))
+    return lambda w: F.embedding(indices, w, padding_idx=padding), [torch.randn(5, size(draw))]
+
+
+@sample("AvgPool2DBackward0")
+def _avg_pool(draw: Any) -> Sample:
+    options = {
+        "stride": draw(st.integers(1, 3)),
+        "padding": draw(st.integers(0, 1)),
+        "ceil_mode": draw(st.booleans()),
+        "count_include_pad": draw(st.booleans()),
+        "divisor_override": draw(st.sampled_from([None, 3])),
+    }
+    return lambda x: F.avg_pool2d(x, 2, **options), image(draw)
+
+
+@sample("AddmmBackward0")
+def _addmm(draw: Any) -> Sample:
+    a, b = matrices(draw)
+    c = torch.randn(draw(st.sampled_from([(b.shape[1],), (len(a), b.shape[1])])))
+    alpha, beta = draw(st.sampled_from([(1, 1), (2, 0.5), (-1.5, 0)]))
+    return lambda c, a, b: torch.addmm(c, a, b, alpha=alpha, beta=beta), [c, a, b]
+
+
+@sample("BaddbmmBackward0")
+def _baddbmm(draw: Any) -> Sample:
+    a, b = batches(draw)
+    alpha, beta = draw(st.sampled_from([(1, 1), (2, 0.5)]))
+    c = torch.randn(len(a), a.shape[1], b.shape[2])
+    return lambda c, a, b: torch.baddbmm(c, a, b, alpha=alpha, beta=beta), [c, a, b]
+
+
+@sample("MvBackward0", "DotBackward0")
+def _mv(draw: Any) -> Sample:
+    a, _ = matrices(draw)
+    return lambda a, x: torch.mv(a, x) * x.dot(x), [a, torch.randn(a.shape[1])]
+
+
+@sample("ConvolutionBackward0")
+def _convolution(draw: Any) -> Sample:
+    groups = draw(st.integers(1, 2))
+    bias = draw(st.booleans())
+    options = {
+        "stride": draw(st.integers(1, 2)),
+        "padding": draw(st.integers(0, 2)),
+        "dilation": draw(st.integers(1, 2)),
+        "groups": groups,
+    }
+    ndim = draw(st.integers(1, 2))
+    x = torch.randn(size(draw, 1, 2), 2 * groups, *[size(draw, 5, 7) for _ in range(ndim)])
+    if draw(st.booleans()):
+        w = torch.randn(3 * groups, 2, *[size(draw, 1, 3) for _ in range(ndim)])
+        function = (F.conv1d, F.conv2d)[ndim - 1]
+    else:
+        w = torch.randn(2 * groups, 3, *[size(draw, 1, 3) for _ in range(ndim)])
+        function = (F.conv_transpose1d, F.conv_transpose2d)[ndim - 1]
+    inputs = [x, w, *([torch.randn(3 * groups)] if bias else [])]
+    return lambda x, w, b=None: function(x, w, b, **options), inputs
+
+
+@sample("NativeLayerNormBackward0")
+def _layer_norm(draw: Any) -> Sample:
+    shape = [size(draw, 2, 4) for _ in range(draw(st.integers(1, 2)))]
+    affine = [torch.randn(shape) for _ in range(draw(st.integers(0, 2)))]
+    x = torch.randn(size(draw), size(draw), *shape)
+    return lambda x, *wb: F.layer_norm(x, shape, *wb, eps=1e-2), [x, *affine]
+
+
+@sample("NativeBatchNormBackward0")
+def _batch_norm(draw: Any) -> Sample:
+    x = torch.randn(
+        size(draw, 3, 5), 2, *[size(draw, 1, 3) for _ in range(draw(st.integers(0, 2)))]
+    )
+    affine = [torch.randn(2) for _ in range(draw(st.integers(0, 2)))]
+    training = draw(st.booleans())
+    mean, var = torch.randn(2, dtype=F64), torch.rand(2, dtype=F64) + 0.5
+
+    def function(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        return F.batch_norm(x, mean.clone(), var.clone(), w, b, training, eps=1e-2)
+
+    return function, [x, *affine]
+
+
+@sample("WeightNormInterfaceBackward0")
+def _weight_norm(draw: Any) -> Sample:
+    v = torch.randn(size(draw, 2, 4), size(draw, 2, 4))
+    dim = draw(st.integers(0, 1))
+    g = torch.randn(v.norm(dim=1 - dim, keepdim=True).shape)
+    return lambda v, g: torch._weight_norm(v, g, dim), [v, g]
+
+
+@sample("ScaledDotProductFlashAttentionForCpuBackward0")
+def _attention(draw: Any) -> Sample:
+    samples, heads, width = size(draw, 1, 3), size(draw, 1, 2), size(draw, 2, 4)
+    rows = size(draw, 2, 5)
+    kind = draw(st.sampled_from(["plain", "causal", "mask", "masks", "scale"]))
+    columns = rows if kind == "causal" else size(draw, 2, 5)
+    options: dict[str, Any] = {"is_causal": kind == "causal"}
+    if kind == "mask":
+        options["attn_mask"] = torch.randn(rows, columns, dtype=F64)
+    if kind == "masks":
+        options["attn_mask"] = torch.randn(samples, 1, rows, columns, dtype=F64)
+    if kind == "scale":
+        options["scale"] = 0.3
+    q = torch.randn(samples, heads, rows, width)
+    k, v = torch.randn(2, samples, heads, columns, width)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options), [q, k, v]
+
+
+@sample("LogSoftmaxBackward0", "SoftmaxBackward0")
+def _softmax(draw: Any) -> Sample:
+    (x,) = vectors(draw)
+    dim = dim_of(draw, x.ndim)
+    return lambda x: x.log_softmax(dim) + x.softmax(dim), [x]
+
+
+@sample("NllLossBackward0", "NllLoss2DBackward0")
+def _nll_loss(draw: Any) -> Sample:
+    reduction = draw(st.sampled_from(["none", "mean", "sum"]))
+    n, classes = size(draw), size(draw, 2, 4)
+    weight = draw(st.sampled_from([None, torch.rand(classes, dtype=F64) + 0.1]))
+    y = torch.randint(classes, (n,))
+    y[0] = 0
+    ignore = draw(st.sampled_from([-100, 1]))
+    options: dict[str, Any] = {"weight": weight, "ignore_index": ignore, "reduction": reduction}
+
+    def function(x: Tensor) -> Tensor:
+        flat = F.nll_loss(x, y, **options)
+        deep = F.nll_loss(x.view(n, classes, 1, 1), y.view(n, 1, 1), **options)
+        return flat.sum() * deep.sum()
+
+    return function, [torch.randn(n, classes)]
+
+
+@sample("MseLossBackward0")
+def _mse_loss(draw: Any) -> Sample:
+    (x,) = vectors(draw)
+    reduction = draw(st.sampled_from(["none", "mean", "sum"]))
+    return lambda x, y: F.mse_loss(x, y, reduction=reduction), [x, torch.randn(x.shape)]
+
+
+SINGLE_PRECISION = {"MkldnnRnnLayerBackward0"}
+
+
+def test_every_rule_is_sampled() -> None:
+    assert set(table.registered()) == SAMPLES.keys() | SINGLE_PRECISION
+
+
+def bend(output: Tensor) -> Tensor:
+    """A loss per entry, with first and second derivatives everywhere."""
+    flat = output.reshape(-1)
+    weights = torch.linspace(0.5, 1.5, flat.numel(), dtype=flat.dtype)
+    return flat * weights + flat.square() / 3
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@settings(max_examples=10)
+@given(data=st.data(), seed=st.integers(0, 999))
+def test_rule(name: str, data: st.DataObject, seed: int) -> None:
+    torch.manual_seed(seed)
+    function, inputs = SAMPLES[name](data.draw)
+    inputs = [x.to(F64) for x in inputs]
+    params = {i: torch.zeros_like(x) for i, x in enumerate(inputs)}
+    for moving in itertools.product([True, False], repeat=len(inputs)):
+        if not any(moving):
+            continue
+
+        def loss(p: dict[int, Tensor], moving: tuple[bool, ...] = moving) -> Tensor:
+            # Not the parameters themselves: their second derivative is then that of a chain.
+            return bend(
+                function(
+                    *[
+                        x + p[i] + p[i] ** 2 / 5 if moves else x
+                        for i, (x, moves) in enumerate(zip(inputs, moving, strict=True))
+                    ]
+                )
+            )
+
+        leaves = {i: p.clone().requires_grad_() for i, p in params.items()}
+        if all(moving):
+            assert name in nodes_of(loss(leaves))
+        check_agreement(loss, params, {i: torch.randn_like(p) for i, p in params.items()})
