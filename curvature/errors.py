@@ -40,4 +40,5 @@ _SIGNS = (
     "double backward",
     "don't support automatic differentiation",  # a backward pass that writes with out=
     "once_differentiable",
+    "it is ill-defined",  # eigenvectors, whose phase one operation's share may see
 )

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from curvature.origin import Origins
 
 _LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}  # (input, weight, bias)
+_NODES = {"MmBackward0", "BmmBackward0", "AddmmBackward0", "ConvolutionBackward0"}
 _PRODUCTS = {torch.mm, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 # Below these a product costs no more than the few sums that save one.
@@ -94,7 +95,8 @@ class Forward:
         node = result.grad_fn
         while node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
             node = node.next_functions[0][0]  # type: ignore[assignment]
-        self.products[node] = Product(result, bias)
+        if node.name() in _NODES:
+            self.products[node] = Product(result, bias)
 
     def _register_hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
         def watched(cotangent: Tensor) -> Tensor | None:

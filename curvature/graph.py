@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Product
 
 Edge = tuple[Node, int]
@@ -18,14 +19,15 @@ Tensors = tuple[Tensor | None, ...]
 class Call:
     """One operation of the forward pass, with what autograd saved of it for the backward pass.
 
-    ``call.mat1`` is the saved value ``mat1`` of the derivative's formula; the tensors come as
-    autograd hands them out, after its check that nobody has written to them since.
+    ``call.mat1`` is the saved value ``mat1`` of the derivative's formula; of a Python function,
+    ``call.saved_tensors`` and whatever else its forward pass has set on ``ctx``. The tensors come
+    as autograd hands them out, after its check that nobody has written to them since.
 
     Attributes:
         node: autograd's node, the transposed Jacobian as a function of the cotangents.
         name: of the node, one per differentiable overload ("AddmmBackward0").
         inputs: for each differentiable input the edge it came by, or None if it does not move.
-        edges: the gradient edges of the moving inputs.
+        edges: the moving inputs as gradient edges, each once.
         product: the result of a product of two tensors, if it was kept.
     """
 
@@ -42,15 +44,21 @@ class Call:
         # Dunder names are asked for by copy and pickle before there is a node.
         if name.startswith("__"):
             raise AttributeError(name)
-        value = getattr(self.node, "_saved_" + name)
-        return value.detach() if isinstance(value, Tensor) else _signed(value)
+        if callable(self.node):
+            return _signed(_without_graph(getattr(self.node, "_saved_" + name)))
+        return _without_graph(getattr(self.node, name))
 
     def __repr__(self) -> str:
         return f"Call({self.name})"
 
     @property
-    def edges(self) -> list[GradientEdge]:
-        return [GradientEdge(*edge) for edge in self.inputs if edge is not None]
+    def function(self) -> type | None:
+        """The class of a Python function."""
+        return getattr(self.node, "_forward_cls", None)
+
+    @property
+    def edges(self) -> dict[Edge, GradientEdge]:
+        return {edge: GradientEdge(*edge) for edge in self.inputs if edge is not None}
 
     @property
     def outputs(self) -> list[Edge]:
@@ -79,7 +87,22 @@ class Call:
         node: Any = self.node
         result = node(*cotangents) if callable(node) else node.apply(*cotangents)
         pulled = result if isinstance(result, tuple) else (result,)
+        if not callable(node):
+            pulled = self._of_tensors(pulled)
         return tuple(map(_like_input, pulled, self.inputs))
+
+    def _of_tensors(self, pulled: Tensors) -> Tensors:
+        """What a Python function returned for its tensors; it has entries for other arguments."""
+        node: Any = self.node
+        given = [g for g, needed in zip(pulled, node.needs_input_grad, strict=False) if needed]
+        parents = [parent for parent, _ in node.next_functions]
+        if len(given) != sum(parent is not None for parent in parents):
+            raise NotTwiceDifferentiable(
+                f"the backward pass of {self.name} returns {len(pulled)} gradients, which do not "
+                "match its arguments one to one; give it tensors, not lists of tensors"
+            )
+        rest = iter(given)
+        return tuple(None if parent is None else next(rest) for parent in parents)
 
 
 def _zeros(edge: Edge) -> Tensor:
@@ -95,6 +118,12 @@ def _like_input(cotangent: Tensor | None, edge: Edge | None) -> Tensor | None:
     if cotangent.shape != like.shape:
         cotangent = cotangent.sum_to_size(like.shape)
     return cotangent.to(like.dtype)
+
+
+def _without_graph(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return tuple(map(_without_graph, value)) if isinstance(value, tuple) else value
 
 
 def _signed(value: Any) -> Any:
@@ -133,6 +162,18 @@ class Graph:
             if any(inputs):
                 moving.add(node)
                 self.calls.append(Call(node, inputs, products.get(node)))
+
+    def behind(self, outputs: Sequence[Tensor]) -> set[int]:
+        """The positions of the calls that ``outputs`` depend on."""
+        made = {call.node: i for i, call in enumerate(self.calls)}
+        waiting = [_edge(output)[0] for output in outputs]
+        found = set()
+        while waiting:
+            i = made.get(waiting.pop())
+            if i is not None and i not in found:
+                found.add(i)
+                waiting += [edge[0] for edge in self.calls[i].inputs if edge is not None]
+        return found
 
     def uses(self) -> dict[Edge, int]:
         """How many inputs each edge feeds."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +17,10 @@ from curvature.graph import Call, Edge, Graph, Tensors
 from curvature.quadratic import Quadratic
 from curvature.rules import rule_of
 from curvature.rules.local import LocalDoubleBackward
-from curvature.rules.table import Elementwise, Rule, products_in
+from curvature.rules.table import Rule, products_in
+
+_log = logging.getLogger(__name__)
+_noted: set[str] = set()
 
 # glibc gives freed memory back to the system above a threshold, which the largest block freed so
 # far sets, up to 32 MB; without this, every pass would fault the pages of its temporaries in anew.
@@ -58,6 +62,9 @@ class Sweep:
             if isinstance(rule, LocalDoubleBackward)
         }
         self._note = f" (double backward: {', '.join(sorted(names))})" if names else ""
+        for name in sorted(names - _noted):
+            _noted.add(name)
+            _log.info("no rule for %s: it is differentiated by its own double backward", name)
         self._followers = self._find_followers()
         self._cotangents: dict[int, Tensors] = {}
         self._collected = False
@@ -76,8 +83,7 @@ class Sweep:
             samples = Quadratic(self._losses, slopes, curvatures, name) if per_sample else None
             return Quadratic(value, slopes.mean(), curvatures.mean(), name, samples)
         slopes, terms = self.adjoint(direction)
-        numbers = [number for _, _, number in terms]
-        curvature = torch.stack(numbers).sum() if numbers else torch.zeros_like(value)
+        curvature = _total([number for _, _, number in terms], value)
         return Quadratic(
             value,
             slopes.mean(),
@@ -87,16 +93,15 @@ class Sweep:
         )
 
     def _find_followers(self) -> dict[int, int]:
-        """Calls whose only use is an elementwise function: its cotangent tells theirs cheaply."""
+        """Calls used only by a light operation that bends: its cotangent tells theirs."""
         uses, followers = self._graph.uses(), {}
-        index = {call.node: i for i, call in enumerate(self._graph.calls)}
+        made = {call.node: i for i, call in enumerate(self._graph.calls)}
         for j, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True)):
-            if isinstance(rule, Elementwise) and not rule.linear:
-                (edge,) = call.inputs
-                assert edge is not None
-                i = index.get(edge[0], -1)
+            edge = call.inputs[0]
+            if rule.light and not rule.linear and edge is not None and edge[0] in made:
+                i = made[edge[0]]
                 alone = uses[edge] == 1 and edge != self._graph.root
-                if i >= 0 and alone and len(self._graph.calls[i].outputs) == 1:
+                if alone and len(self._graph.calls[i].outputs) == 1:
                     followers[i] = j
         return followers
 
@@ -105,7 +110,16 @@ class Sweep:
             return self._cotangents.get(i)
         after = self._followers[i]
         cotangents = self._cotangents_of(after)
-        return None if cotangents is None else self._graph.calls[after].pull(*cotangents)
+        return None if cotangents is None else self._graph.calls[after].pull(*cotangents)[:1]
+
+    def _need_cotangents(self) -> None:
+        if not self._collected:
+            self._collect()
+        if self._hooked():
+            raise ValueError(
+                "a backward hook may have changed the cotangents, so that they are not those of "
+                'the loss: remove it, or use engine="reference", which differentiates through it'
+            )
 
     def _collect(self) -> None:
         weights = torch.full_like(self._losses, 1 / self._losses.numel())
@@ -139,16 +153,18 @@ class Sweep:
         self._collected = True
 
     @torch.no_grad()
-    def adjoint(self, direction: Sequence[Tensor]) -> tuple[Tensor, list[tuple[str, int, Tensor]]]:
+    def adjoint(
+        self, direction: Sequence[Tensor], skip: Container[int] = ()
+    ) -> tuple[Tensor, list[tuple[str, int, Tensor]]]:
         """The losses' tangent, and the terms <yhat, D²F[xdot, xdot]> of v^T H v of the mean.
 
         Algorithm 2 of *Adaptive scaling of the learning rate*. A term is given with the name of
-        its operation and its number in autograd's sequence.
+        its operation and its number in autograd's sequence; calls to skip count for linear.
         """
         terms = []
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
-            cotangents = self._cotangents_of(i)
+            cotangents = None if i in skip else self._cotangents_of(i)
             if cotangents is None:
                 return rule.tangent(call, dots)
             outputs, number = rule.adjoint(call, dots, cotangents)
@@ -157,6 +173,20 @@ class Sweep:
             return outputs
 
         return self._filled(self._forward(direction, step)), terms
+
+    @torch.no_grad()
+    def gauss_newton(
+        self, direction: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The losses' tangent, and v^T G v: the terms of what ``outputs`` do not depend on.
+
+        Raises:
+            ValueError: a hook changed the cotangents that this needs.
+        """
+        self._need_cotangents()
+        model = self._graph.behind(outputs)
+        slopes, terms = self.adjoint(direction, skip=model)
+        return slopes, _total([number for _, _, number in terms], self._losses)
 
     @torch.no_grad()
     def jets(self, direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -185,15 +215,9 @@ class Sweep:
         """H v of the mean loss, by one more reverse sweep: equation (24), appendix A.1.
 
         Raises:
-            NotTwiceDifferentiable: a hook changed the cotangents that this needs.
+            ValueError: a hook changed the cotangents that this needs.
         """
-        if not self._collected:
-            self._collect()
-        if self._hooked():
-            raise NotTwiceDifferentiable(
-                "a backward hook may have changed the cotangents, so that they are not those of "
-                'the loss: remove it, or use engine="reference", which differentiates through it'
-            )
+        self._need_cotangents()
         moving: list[tuple[int, Tensors]] = []
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
@@ -272,6 +296,10 @@ class Sweep:
         if losses is None:
             return torch.zeros_like(self._losses)
         return losses.to(self._losses.dtype).expand_as(self._losses)
+
+
+def _total(numbers: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(numbers).sum() if numbers else like.new_zeros(())
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

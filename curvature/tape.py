@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from curvature.differentiable import derivative_mode, twice_differentiable
+from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradient
 from curvature.quadratic import Quadratic
@@ -20,6 +21,8 @@ from curvature.sweep import Sweep
 from curvature.trees import Flat, flatten_direction
 
 ENGINES = ("auto", "reference")
+
+Answer = TypeVar("Answer")
 
 
 class Tape:
@@ -31,8 +34,9 @@ class Tape:
     autograd has recorded (Algorithm 2 of *Adaptive scaling of the learning rate*). Inside the
     block gradients are enabled. Random numbers and buffers advance as in any forward pass.
 
-    An operation without a rule is differentiated by its own double backward;
-    :attr:`Quadratic.engine` names it. The losses' graph is kept as long as the tape.
+    An operation without a rule is differentiated by its own double backward, or the whole graph
+    is where that does not suffice; :attr:`Quadratic.engine` says so. The losses' graph is kept as
+    long as the tape.
 
     Args:
         engine: ``"auto"``, or ``"reference"`` for double backward through the whole graph. The
@@ -109,19 +113,23 @@ class Tape:
     ) -> None:
         self._stack.close()
 
-    def backward(self, losses: Tensor, params: Any) -> Any:
+    def backward(self, losses: Tensor, params: Any, *, cotangents: bool = True) -> Any:
         """The gradient of the mean loss, as :func:`curvature.gradient` gives it.
 
         Args:
             losses: what the block computed: a scalar, or a vector with one loss per sample.
             params: pytree of the tensors that the block used, float32 or float64, each with
                 ``requires_grad``.
+            cotangents: keep those that :meth:`directional` and :meth:`hvp` need. Without them
+                curvature takes a second-order pass, as it does per sample anyway, and a
+                Hessian-vector product another backward pass.
 
         Returns:
             A pytree like params, without graph; ``None`` for a tensor that the loss does not use.
 
         Raises:
             TypeError, ValueError, NonFiniteLoss: as :func:`curvature.gradient`.
+            NotTwiceDifferentiable: an operation has no second derivative; nothing is computed.
 
         Example:
             >>> import torch
@@ -132,15 +140,12 @@ class Tape:
             {'x': tensor([2., 4.])}
         """
         flat = check_differentiable(losses, params)
+        self._losses, self._params, self._engine = losses, flat, None
         with self._deriving(losses):
-            if self._forward is None:
-                engine, result = None, gradient(losses, params, retain_graph=True)
-            else:
-                engine = Sweep(losses, flat.leaves, self._forward, self._tangent_dtype)
-                with nullcontext() if self._low_memory else engine.collecting():
-                    result = gradient(losses, params, retain_graph=True)
-        self._losses, self._params, self._engine = losses, flat, engine
-        return result
+            sweep = self._sweep()
+            keep = cotangents and not self._low_memory
+            with sweep.collecting() if sweep and keep else nullcontext():
+                return gradient(losses, params, retain_graph=True)
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
         """Value, slope <g, v> and curvature v^T H v along ``direction``.
@@ -174,8 +179,48 @@ class Tape:
                 'use reduction="none" and leave the mean to this package'
             )
         leaves = flatten_direction(direction, params)
+        return self._answer(lambda engine: engine.directional(leaves, per_sample=per_sample))
+
+    def gauss_newton(self, direction: Any, outputs: Tensor | Sequence[Tensor]) -> Quadratic:
+        """Value, slope and the curvature v^T G v of the generalised Gauss-Newton matrix.
+
+        ``G = J^T H_loss J`` with J the Jacobian of the model's outputs: the curvature of the
+        loss alone, with the outputs moving linearly. It is never negative if the loss is convex
+        in them, and cheaper than v^T H v. What of the losses does not pass through the outputs,
+        as a penalty on the parameters, counts with its full curvature.
+
+        Args:
+            direction: pytree like params, or a list of tensors in params' order; not normalised.
+            outputs: what the model returned inside the block, before the loss.
+
+        Raises:
+            ValueError, TypeError: direction or outputs do not fit; the message says why.
+            NotTwiceDifferentiable: an operation has neither a rule nor a second derivative.
+
+        Example:
+            >>> import torch
+            >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+            >>> with Tape() as tape:
+            ...     output = x**3
+            ...     loss = output.square().sum() / 2
+            >>> _ = tape.backward(loss, [x])
+            >>> tape.gauss_newton([torch.ones(2)], output).curvature  # sum of (3 x^2)^2
+            tensor(153.)
+        """
+        losses, params = self._state()
+        leaves = flatten_direction(direction, params)
+        given = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        if not given or not all(isinstance(y, Tensor) and y.requires_grad for y in given):
+            raise TypeError(
+                "outputs must be tensors with a graph: what the model returned inside the block"
+            )
+        if not isinstance(self._engine, Sweep):
+            raise ValueError("the reference engine has no Gauss-Newton curvature")
+        engine = self._engine
         with self._deriving(losses):
-            return self._derivatives().directional(leaves, per_sample=per_sample)
+            slopes, curvature = engine.gauss_newton(leaves, given)
+        value = losses.detach().mean()
+        return Quadratic(value, slopes.mean(), curvature, "gauss-newton")
 
     def hvp(self, vector: Any) -> Any:
         """The Hessian-vector product H v of the mean loss, a pytree like params.
@@ -193,22 +238,55 @@ class Tape:
             >>> tape.hvp([torch.tensor([2.0, 1.0])])
             [tensor([1., 2.])]
         """
-        losses, params = self._state()
+        _, params = self._state()
         leaves = flatten_direction(vector, params, argument="vector")
-        with self._deriving(losses):
-            return params.rebuild(self._derivatives().hvp(leaves))
+        return params.rebuild(self._answer(lambda engine: engine.hvp(leaves)))
 
     def _state(self) -> tuple[Tensor, Flat]:
         if self._losses is None or self._params is None:
             raise RuntimeError("call backward(losses, params) before asking for curvature")
         return self._losses, self._params
 
-    def _derivatives(self) -> Sweep | DoubleBackward:
-        # Built on demand: a gradient alone must not pay for the graph of its derivative.
-        if self._engine is None:
-            losses, params = self._state()
-            self._engine = DoubleBackward(losses, params.leaves)
-        return self._engine
+    def _sweep(self) -> Sweep | None:
+        """The engine for the losses, or None where the reference has to serve."""
+        if self._forward is None:
+            return None
+        losses, params = self._state()
+        try:
+            sweep = Sweep(losses, params.leaves, self._forward, self._tangent_dtype)
+        except NotTwiceDifferentiable as refusal:
+            self._engine = self._reference(refusal)
+            return None
+        self._engine = sweep
+        return sweep
+
+    def _reference(self, refusal: NotTwiceDifferentiable) -> DoubleBackward:
+        """The other engine, which may serve where one operation's share has no derivative."""
+        losses, params = self._state()
+        try:
+            reference = DoubleBackward(losses, params.leaves)
+            # Only a derivative tells whether there is one.
+            reference.hvp([torch.zeros_like(p) for p in params.leaves])
+        except NotTwiceDifferentiable:
+            raise refusal from None
+        return reference
+
+    def _answer(self, question: Callable[[Sweep | DoubleBackward], Answer]) -> Answer:
+        losses, params = self._state()
+        with self._deriving(losses):
+            if self._engine is None:
+                # On demand: a gradient alone must not pay for the graph of its derivative.
+                self._engine = DoubleBackward(losses, params.leaves)
+            try:
+                return question(self._engine)
+            except NotTwiceDifferentiable as refusal:
+                if isinstance(self._engine, DoubleBackward):
+                    raise
+                reference = self._reference(refusal)
+                try:
+                    return question(reference)
+                except NotTwiceDifferentiable:
+                    raise refusal from None
 
     @contextmanager
     def _deriving(self, losses: Tensor) -> Iterator[None]:

@@ -6,10 +6,19 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from curvature import Tape
 from optim.wrapper import Choice, Line, Trial, Wrapper
+
+
+class _Tape(Tape):
+    """Keeps no cotangents where the curvature will be asked per sample."""
+
+    def backward(self, losses: Tensor, params: Any, *, cotangents: bool = True) -> Any:
+        scalar = not isinstance(losses, Tensor) or losses.ndim == 0
+        return super().backward(losses, params, cotangents=cotangents and scalar)
 
 
 class Rescaled(Wrapper[Tape]):
@@ -70,7 +79,7 @@ class Rescaled(Wrapper[Tape]):
         self._count = 0
 
     def _recorder(self) -> Tape:
-        return Tape()
+        return _Tape()
 
     def _choose(self, trial: Trial[Tape], line: Line) -> Choice | str:
         if line.squared_norm == 0:

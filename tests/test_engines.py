@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from agreement import fast_only
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import curvature
 from curvature import NotTwiceDifferentiable, Objective, Tape, directional, hvp
+from curvature.sweep import Sweep
 
 F64 = torch.float64
 every_engine = pytest.mark.parametrize("engine", ["auto", "reference"])
@@ -31,7 +33,7 @@ def test_quadratic(n: int, seed: int, engine: str) -> None:
     torch.testing.assert_close(q.slope, v @ A @ x)
     torch.testing.assert_close(q.curvature, v @ A @ v)
     torch.testing.assert_close(hvp(lambda x: x @ A @ x / 2, x, v, engine=engine), A @ v)
-    assert q.engine == {"auto": "tangent", "reference": "reference"}[engine]
+    assert q.engine == ("tangent" if engine == "auto" and Sweep.available() else "reference")
     assert q.per_sample is None
 
 
@@ -236,7 +238,8 @@ def test_attention_kernels_stay_the_callers_choice(engine: str) -> None:
             return F.scaled_dot_product_attention(x, x, x).square().sum()
 
         directional(func, torch.randn(1, 1, 3, 2), torch.ones(1, 1, 3, 2), engine=engine)
-        assert inside == (before if engine == "auto" else [False, False, True])
+        fast = engine == "auto" and Sweep.available()
+        assert inside == (before if fast else [False, False, True])
         assert [flag() for flag in flags] == before
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
@@ -314,6 +317,7 @@ def fused_weight_norm(x: torch.Tensor) -> torch.Tensor:
     return torch._weight_norm_interface(x, x[:, :1].contiguous())[0].sin().sum(1)
 
 
+@fast_only
 def test_the_reference_refuses_the_fused_weight_norm_whose_second_derivative_is_wrong() -> None:
     x, v = torch.randn(2, 2, 3, dtype=F64)
     with pytest.raises(NotTwiceDifferentiable, match="weight_norm is wrong"):
@@ -327,6 +331,7 @@ def hooked(x: torch.Tensor) -> torch.Tensor:
     return (x + y).square().sum()
 
 
+@fast_only
 def test_hooks_that_change_a_cotangent() -> None:
     """The reference cannot see through a cut; the jets need no cotangent, the others refuse."""
     x, v = torch.ones(2), torch.tensor([1.0, 2.0])
@@ -335,10 +340,11 @@ def test_hooks_that_change_a_cotangent() -> None:
     q = directional(hooked, x, v)
     # (x + x²)² has derivative 12 and second derivative 26 at 1
     assert (q.slope, q.curvature, q.engine) == (36, 130, "jet")
-    with pytest.raises(NotTwiceDifferentiable, match="a backward hook may have changed"):
+    with pytest.raises(ValueError, match="a backward hook may have changed"):
         hvp(hooked, x, v)
 
 
+@fast_only
 def test_hooks_that_only_look_change_nothing() -> None:
     seen = []
 
@@ -352,6 +358,7 @@ def test_hooks_that_only_look_change_nothing() -> None:
     assert len(seen) == 1
 
 
+@fast_only
 def test_backward_hooks_of_modules() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh()).to(F64)
     model[1].register_full_backward_hook(lambda module, before, after: (2 * before[0],))
@@ -364,6 +371,7 @@ def test_backward_hooks_of_modules() -> None:
     torch.testing.assert_close(q.curvature, directional(J, J.params, v).curvature)
 
 
+@fast_only
 def test_a_hook_of_a_parameter_changes_its_gradient_and_not_the_loss() -> None:
     x = torch.ones(2, requires_grad=True)
     x.register_hook(lambda cotangent: 2 * cotangent.detach())

@@ -33,7 +33,7 @@ FLOORS = {
             "rules.recurrent",
         },
         {"rules"},
-        {"sweep"},
+        {"sweep", "extend"},
         {"tape"},
         {"recorded", "fit"},
         {"directional", "hvp"},

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from agreement import fast_only
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
@@ -632,6 +633,7 @@ def test_a_model_that_turns_non_differentiable_later_costs_nothing() -> None:
     assert optimizer.state_dict()["wrapper"] == before[1]
 
 
+@fast_only
 @every_wrapper
 def test_the_callers_attention_kernels_serve_and_never_change(wrapper: str) -> None:
     torch.manual_seed(0)

@@ -31,5 +31,5 @@ _ANY = LocalDoubleBackward()
 
 def rule_of(call: Call) -> Rule:
     """The rule for a call; its own double backward where there is none, or a number is complex."""
-    rule = find(call.name)
+    rule = find(call)
     return _ANY if rule is None or call.is_complex() else rule

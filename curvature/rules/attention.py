@@ -30,12 +30,16 @@ class _Block:
 
     def centred(self, q: Tensor | None, k: Tensor | None) -> Tensor | None:
         """c = S' - E_P S', so that P' = P c."""
-        parts = [] if q is None else [q @ self.K.mT]
-        parts += [] if k is None else [self.Q @ k.mT]
-        if not parts:
+        if q is not None and k is not None:
+            S1 = torch.cat([q, self.Q], -1) @ torch.cat([self.K, k], -1).mT
+        elif q is not None:
+            S1 = q @ self.K.mT
+        elif k is not None:
+            S1 = self.Q @ k.mT
+        else:
             return None
-        S1 = sum(parts[1:], parts[0]) * self.scale
-        return S1 - (self.P * S1).sum(-1, True)
+        S1.mul_(self.scale)
+        return S1.sub_((self.P * S1).sum(-1, True))
 
     def push(
         self, q: Tensor | None, k: Tensor | None, v: Tensor | None, bend: bool
@@ -119,4 +123,4 @@ def _turn(call: Call, dots: Tensors, cotangents: Tensors, turned: Tensors) -> Te
     return (q, k, v, *[None] * (len(dots) - 3))
 
 
-register("ScaledDotProductFlashAttentionForCpuBackward0", General(_push, _turn))
+register("ScaledDotProductFlashAttentionForCpuBackward0", General(_push, turn=_turn))

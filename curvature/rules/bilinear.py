@@ -17,7 +17,7 @@ def _matmul_transposed(call: Call, a: Tensor, b: Tensor, y: Tensor) -> tuple[Ten
     return y @ b.mT, a.mT @ y
 
 
-register("MmBackward0", Bilinear("self", "mat2", _matmul, _matmul_transposed))
+register("MmBackward0", Bilinear("self", "mat2", _matmul, _matmul_transposed, rowwise=True))
 register("BmmBackward0", Bilinear("self", "mat2", _matmul, _matmul_transposed))
 
 
@@ -35,7 +35,7 @@ def _beta(call: Call, c: Tensor) -> Tensor:
 
 register(
     "AddmmBackward0",
-    Bilinear("mat1", "mat2", _scaled, _scaled_transposed, inputs=(1, 2), added=_beta),
+    Bilinear("mat1", "mat2", _scaled, _scaled_transposed, inputs=(1, 2), added=_beta, rowwise=True),
 )
 register(
     "BaddbmmBackward0",

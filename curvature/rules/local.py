@@ -21,7 +21,7 @@ class Transposition(Rule):
     linear = True
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        return _Local(call, dots, call.zeros()).tangent()
+        return _anywhere(call, dots).tangent()
 
     def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
         outputs = self.tangent(call, dots)
@@ -45,10 +45,10 @@ class LocalDoubleBackward(Rule):
             self._proved.add(call.name)
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        return _Local(call, dots, call.zeros()).tangent()
+        return _anywhere(call, dots).tangent()
 
     def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
-        local = _Local(call, dots, call.zeros())
+        local = _anywhere(call, dots)
         outputs, crosses = local.derivatives(create_graph=True)
         with torch.enable_grad():
             number = inner(crosses, dots)
@@ -90,9 +90,10 @@ class _Local:
         if self._h is None or not self._h.requires_grad:
             return (None,) * n, (None,) * len(inputs)
         edges = self._call.edges
-        grads = self.differentiate(self._h, [*self.u, *edges], create_graph=create_graph)
-        rest = iter(grads[n:])
-        return grads[:n], tuple(None if edge is None else next(rest) for edge in inputs)
+        grads = self.differentiate(self._h, [*self.u, *edges.values()], create_graph=create_graph)
+        # What comes in by several inputs is differentiated as one.
+        crosses = dict(zip(edges, grads[n:], strict=True))
+        return grads[:n], tuple(None if e is None else crosses.pop(e, None) for e in inputs)
 
     def differentiate(
         self,
@@ -101,7 +102,7 @@ class _Local:
         *,
         create_graph: bool = False,
     ) -> Tensors:
-        with _refusing(self._call), _cut({edge.node for edge in self._call.edges}):
+        with _refusing(self._call), _cut({node for node, _ in self._call.edges}):
             grads = torch.autograd.grad(
                 output, inputs, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
@@ -111,15 +112,15 @@ class _Local:
 
     def _check(self, pulled: Tensors) -> None:
         """Refuse a J^T u whose derivative would be wrong without an error."""
-        for cotangent, dot in zip(pulled, self._dots, strict=True):
+        for i, (cotangent, dot) in enumerate(zip(pulled, self._dots, strict=True)):
             if cotangent is None or dot is None or cotangent.requires_grad:
                 continue
-            if not self._zero_for_good(cotangent):
+            if bool(cotangent.any()) or not self._is_zero(i):
                 raise _refusal(self._call, "its backward pass returns a gradient without graph")
         self._check_graph(pulled)
 
     def _check_graph(self, tensors: Tensors) -> None:
-        ends = {edge.node for edge in self._call.edges}
+        ends = {node for node, _ in self._call.edges}
         seen: set[Node] = set()
         waiting = [g.grad_fn for g in tensors if g is not None]
         while waiting:
@@ -137,18 +138,23 @@ class _Local:
                 raise _refusal(self._call, "its backward pass uses a tensor that is no input of it")
             waiting.extend([parent for parent, _ in node.next_functions])
 
-    def _zero_for_good(self, cotangent: Tensor) -> bool:
+    def _is_zero(self, i: int) -> bool:
         # With u = 0 every J^T u is zero: only another u tells.
-        if bool(cotangent.any()):
-            return False
-        if any(bool(u.any()) for u in self.u):
-            return True
         with torch.no_grad():
-            return not any(
-                bool(g.any())
-                for g in self._call.pull(*map(torch.ones_like, self.u))
-                if g is not None
-            )
+            cotangent = self._call.pull(*map(torch.ones_like, self.u))[i]
+        return cotangent is None or not bool(cotangent.any())
+
+
+def _anywhere(call: Call, dots: Tensors) -> _Local:
+    """At some u, since h is linear in it."""
+    try:
+        # Not at 0, where a formula that takes the logarithm of u has no derivative.
+        return _Local(call, dots, [torch.ones_like(zero) for zero in call.zeros()])
+    except NotTwiceDifferentiable:
+        raise
+    except RuntimeError:
+        # Eigenvectors allow only cotangents of losses that do not see their phase; 0 is one.
+        return _Local(call, dots, call.zeros())
 
 
 @contextmanager
@@ -166,8 +172,8 @@ def _refusing(call: Call) -> Iterator[None]:
 def _refusal(call: Call, reason: str) -> NotTwiceDifferentiable:
     return NotTwiceDifferentiable(
         f"PyTorch cannot differentiate {call.name} twice: {reason}. Replace that operation by "
-        "others, register a rule for it (curvature.extend), or use curvature.fit, which needs "
-        "only forward passes."
+        "others, register a rule for it (curvature.register_rule), or use curvature.fit, which "
+        "needs only forward passes."
     )
 
 

@@ -16,19 +16,24 @@ def _log_softmax(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor]
     # y = x - log sum exp x: with p = exp y, y' = x' - E_p x' and y'' = -Var_p x'
     (x,) = dots
     assert x is not None
-    y = call.result
-    step = max(1, _BLOCK // max(1, y[:1].numel())) if y.ndim > 1 and call.dim % y.ndim else len(y)
-    outs, variances = [], []
-    for x_rows, y_rows in zip(torch.split(x, step), torch.split(y, step), strict=True):
-        p = y_rows.exp()
+    if x.numel() == 0:
+        return (x, x) if bend else x
+    # A single number is a vector of one class.
+    dim, y = call.dim, call.result
+    if y.ndim == 0:
+        x, y = x.view(1), y.view(1)
+    step = len(y) if dim % y.ndim == 0 else max(1, _BLOCK // y[:1].numel())
+    outs, bends = [], []
+    for moved, result in zip(torch.split(x, step), torch.split(y, step), strict=True):
+        p = result.exp()
         # Measured from the likeliest class: where p is nearly 1, y' would drown in rounding.
-        out = x_rows - x_rows.gather(call.dim, y_rows.argmax(call.dim, True))
-        out = out - (p * out).sum(call.dim, True)
+        out = moved - moved.gather(dim, result.argmax(dim, True))
+        out = out - (p * out).sum(dim, True)
         outs.append(out)
         if bend:
-            variances.append((p * out * out).sum(call.dim, True))
-    out = torch.cat(outs)
-    return (out, -torch.cat(variances).expand_as(out)) if bend else out
+            bends.append((p * out * out).sum(dim, True).neg_())
+    out = torch.cat(outs).view(call.shape())
+    return (out, torch.cat(bends).expand(y.shape).reshape(out.shape)) if bend else out
 
 
 @general("SoftmaxBackward0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,93 +10,149 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.table import General, general, register
+from curvature.rules.table import General, general, inner, register
 
 
 @dataclass
 class _Normalised:
     """y = w z + b with z = (x - mean) / s and s² = var + eps, over ``dims``.
 
-    With c = x' - mean(x'): s' = mean(z c), s s'' = mean(c²) - s'²; and by differentiating
-    s z = x - mean, s z' = c - s' z and s z'' = -2 s' z' - s'' z.
+    Attributes:
+        project: t -> (t - mean(t) - z mean(z t)) / s, the Jacobian of z, which is symmetric.
     """
 
     z: Tensor
     rstd: Tensor
     weight: Tensor | None
     dims: list[int]
+    project: Callable[[Tensor], Tensor]
 
-    def _first(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c, s' and z'."""
-        c = x - x.mean(self.dims, True)
-        slope = (self.z * c).mean(self.dims, True)
-        return c, slope, torch.addcmul(c, self.z, slope, value=-1).mul_(self.rstd)
+    def __post_init__(self) -> None:
+        # One buffer for all entrywise products: fresh ones would cost more than the arithmetic.
+        self._buffer = torch.empty_like(self.z)
+
+    def _mean(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mul(a, b, out=self._buffer).mean(self.dims, True)
+
+    def _rates(self, x: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """s' / s and s'' / s.
+
+        s' = mean(z x') and s s'' = var(x') - s'², in which x' - mean(x') = s z' + s' z, and
+        mean(z z') = (1 - mean(z²)) s' / s, which is not zero for the eps in s.
+        """
+        slope = self._mean(self.z, x) * self.rstd
+        rest = 1 - self._mean(self.z, self.z)
+        return slope, self._mean(moved, moved) + slope**2 * rest
 
     def push(
         self, x: Tensor | None, w: Tensor | None, b: Tensor | None, bend: bool
     ) -> tuple[Tensor, Tensor | None]:
-        out: Tensor | None = None
-        second: Tensor | None = None
-        if x is not None:
-            c, slope, moved = self._first(x)
-            if bend:
-                stretch = (c.square_().mean(self.dims, True) - slope * slope) * self.rstd
-                second = (moved * (-2 * slope * self.rstd)).addcmul_(
-                    self.z, stretch * self.rstd, value=-1
-                )
-                if self.weight is not None:
-                    second.mul_(self.weight)
-                if w is not None:
-                    second.addcmul_(w, moved, value=2)
-            out = moved if self.weight is None else moved.mul_(self.weight)
+        """From s z = x - mean: s z'' = -2 s' z' - s'' z."""
+        moved = None if x is None else self.project(x)
+        second = None
+        if bend and x is not None:
+            assert moved is not None
+            slope, stretch = self._rates(x, moved)
+            second = (moved * (-2 * slope)).addcmul_(self.z, stretch, value=-1)
+            if self.weight is not None:
+                second.mul_(self.weight)
+            if w is not None:
+                second.addcmul_(w, moved, value=2)
+        return self._scaled(moved, w, b), second
+
+    def _scaled(self, moved: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor:
+        """y' = w z' + w' z + b'; takes the memory of z'."""
+        out = moved if moved is None or self.weight is None else moved.mul_(self.weight)
         if w is not None:
             out = self.z * w if out is None else out.addcmul_(self.z, w)
         if b is not None:
             out = b.expand_as(self.z) if out is None else out.add_(b)
         assert out is not None
-        return out, second
+        return out
+
+    def adjoint(
+        self, x: Tensor | None, w: Tensor | None, b: Tensor | None, cotangent: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """y' and <y^, y''> with y'' = w z'' + 2 w' z', by sums over the normalised entries."""
+        if x is None:
+            return self._scaled(None, w, b), self.z.new_zeros(())
+        moved = self.project(x)
+        slope, stretch = self._rates(x, moved)
+        first, extra = self._weighted_sums(torch.mul(cotangent, moved, out=self._buffer), w)
+        still, _ = self._weighted_sums(torch.mul(cotangent, self.z, out=self._buffer), None)
+        number = (-2 * slope * first - stretch * still).sum()
+        return self._scaled(moved, w, b), number if extra is None else number + 2 * extra
+
+    def _weighted_sums(self, t: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The sums of t weight over the normalised entries, and that of t w over all."""
+        extra = None if w is None else (t.sum_to_size(w.shape) * w).sum()
+        t = t if self.weight is None else t.mul_(self.weight)
+        return t.sum(self.dims, True), extra
 
     def turn(
         self, x: Tensor | None, w: Tensor | None, cotangent: Tensor, turned: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """How the cotangents of x, w and b change, before the last two are summed.
 
-        With g = y^ w: x^ = (g - mean(g) - z mean(z g)) / s, w^ = sum(y^ z), b^ = sum(y^).
+        With g = y^ w: x^ = project(g), w^ = sum(y^ z), b^ = sum(y^).
         """
         g = cotangent if self.weight is None else cotangent * self.weight
-        change = turned if turned is None or self.weight is None else turned * self.weight
-        if w is not None:
-            change = cotangent * w if change is None else change + cotangent * w
-        aligned = (self.z * g).mean(self.dims, True)
-        inner = None
-        if x is not None:
-            _, slope, moved = self._first(x)
-            inner = (moved * aligned).addcmul_(self.z, (moved * g).mean(self.dims, True)).neg_()
-            back = torch.addcmul(g - g.mean(self.dims, True), self.z, aligned, value=-1)
-            inner.addcmul_(back, slope * self.rstd, value=-1)
-        if change is not None:
-            along = (self.z * change).mean(self.dims, True)
-            flat = torch.addcmul(change - change.mean(self.dims, True), self.z, along, value=-1)
-            inner = flat if inner is None else inner.add_(flat)
-        assert inner is not None
-        scale = torch.zeros_like(self.z) if x is None else moved * cotangent
+        change = None if w is None else cotangent * w
         if turned is not None:
-            scale = scale.addcmul_(turned, self.z)
-        return inner.mul_(self.rstd), scale, turned
+            if self.weight is None:
+                change = turned if change is None else change.add_(turned)
+            else:
+                change = (
+                    turned * self.weight if change is None else change.addcmul_(turned, self.weight)
+                )
+        inner = None if change is None else self.project(change)
+        scale = None if turned is None else turned * self.z
+        if x is not None:
+            moved = self.project(x)
+            # The derivative of project(g) along x': z and s move.
+            back = self.project(g).mul_(-self._mean(self.z, x))
+            back.addcmul_(moved, self._mean(self.z, g), value=-1)
+            back.addcmul_(self.z, self._mean(moved, g), value=-1).mul_(self.rstd)
+            inner = back if inner is None else inner.add_(back)
+            moved.mul_(cotangent)
+            scale = moved if scale is None else scale.add_(moved)
+        assert inner is not None
+        return inner, torch.zeros_like(self.z) if scale is None else scale, turned
 
 
 def _layer_norm(call: Call) -> _Normalised:
-    dims = list(range(-len(call.normalized_shape), 0))
-    rstd = call.result2
-    return _Normalised((call.input - call.result1).mul_(rstd), rstd, call.weight, dims)
+    mean, rstd, shape = call.result1, call.result2, call.normalized_shape
+    x = call.input.to(mean.dtype)  # the statistics of half precision are in single
+
+    def project(t: Tensor) -> Tensor:
+        return _LAYER_NORM_BACKWARD(t, x, shape, mean, rstd, None, None, _INPUT_ONLY)[0]
+
+    dims = list(range(-len(shape), 0))
+    return _Normalised((x - mean).mul_(rstd), rstd, call.weight, dims, project)
+
+
+_LAYER_NORM_BACKWARD = torch.ops.aten.native_layer_norm_backward
+_BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward
+_INPUT_ONLY = (True, False, False)
 
 
 def _push_layer_norm(
     call: Call, dots: Tensors, bend: bool
 ) -> tuple[Tensor, Tensor | None] | Tensor:
-    x, w, b = dots
-    result = _layer_norm(call).push(x, w, b, bend)
-    return result if bend else result[0]
+    normalised = _layer_norm(call)
+    x, w, b = (None if d is None else d.to(normalised.z.dtype) for d in dots)
+    out, second = normalised.push(x, w, b, bend)
+    out = out.to(call.input.dtype)
+    return (out, second) if bend else out
+
+
+def _adjoint_layer_norm(call: Call, dots: Tensors, cotangents: Tensors) -> tuple[Tensor, Tensor]:
+    normalised = _layer_norm(call)
+    x, w, b = (None if d is None else d.to(normalised.z.dtype) for d in dots)
+    (cotangent,) = cotangents
+    assert cotangent is not None
+    out, number = normalised.adjoint(x, w, b, cotangent.to(normalised.z.dtype))
+    return out.to(call.input.dtype), number
 
 
 def _turn_layer_norm(call: Call, dots: Tensors, cotangents: Tensors, turned: Tensors) -> Tensors:
@@ -106,14 +163,23 @@ def _turn_layer_norm(call: Call, dots: Tensors, cotangents: Tensors, turned: Ten
     return back, scale.sum_to_size(shape), None if shift is None else shift.sum_to_size(shape)
 
 
-register("NativeLayerNormBackward0", General(_push_layer_norm, _turn_layer_norm))
+register(
+    "NativeLayerNormBackward0",
+    General(_push_layer_norm, adjoint=_adjoint_layer_norm, turn=_turn_layer_norm, light=True),
+)
 
 
 def _batch_norm(call: Call) -> _Normalised:
-    x = call.input
-    mean, rstd = _channels(call.result1, x), _channels(call.result2, x)
+    x, mean, rstd, eps = call.input, call.result1, call.result2, call.eps
+
+    def project(t: Tensor) -> Tensor:
+        # Its kernel wants the memory format of x.
+        t = t.contiguous()
+        return _BATCH_NORM_BACKWARD(t, x, None, None, None, mean, rstd, True, eps, _INPUT_ONLY)[0]
+
+    z = (x - _channels(mean, x)).mul_(_channels(rstd, x))
     dims = [0, *range(2, x.ndim)]
-    return _Normalised((x - mean).mul_(rstd), rstd, _channels(call.weight, x), dims)
+    return _Normalised(z, _channels(rstd, x), _channels(call.weight, x), dims, project)
 
 
 def _channels(t: Any, x: Tensor) -> Any:
@@ -142,6 +208,17 @@ def _push_batch_norm(
     return (out, None if moved is None or w is None else 2 * w * moved) if bend else out
 
 
+def _adjoint_batch_norm(call: Call, dots: Tensors, cotangents: Tensors) -> tuple[Tensor, Tensor]:
+    value, (cotangent,) = call.input, cotangents
+    assert cotangent is not None
+    if not call.training:
+        out, second = _push_batch_norm(call, dots, True)
+        number = inner(cotangents, (second,))
+        return out, out.new_zeros(()) if number is None else number
+    x, w, b = dots[0], _channels(dots[1], value), _channels(dots[2], value)
+    return _batch_norm(call).adjoint(x, w, b, cotangent)
+
+
 def _turn_batch_norm(call: Call, dots: Tensors, cotangents: Tensors, turned: Tensors) -> Tensors:
     value = call.input
     (x, w, _), (cotangent,), (change,) = dots, cotangents, turned
@@ -164,7 +241,10 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-register("NativeBatchNormBackward0", General(_push_batch_norm, _turn_batch_norm))
+register(
+    "NativeBatchNormBackward0",
+    General(_push_batch_norm, adjoint=_adjoint_batch_norm, turn=_turn_batch_norm, light=True),
+)
 
 
 @general("WeightNormInterfaceBackward0")
