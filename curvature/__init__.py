@@ -3,6 +3,7 @@
 from curvature import testing
 from curvature.directional import directional
 from curvature.errors import NonFiniteLoss, NotTwiceDifferentiable
+from curvature.extend import register_rule
 from curvature.fit import fit
 from curvature.gradient import gradient
 from curvature.hvp import hvp
@@ -23,5 +24,6 @@ __all__ = [
     "fit",
     "gradient",
     "hvp",
+    "register_rule",
     "testing",
 ]

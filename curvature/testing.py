@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvature.directional import directional
+from curvature.hvp import hvp
 from curvature.losses import check_losses
 from curvature.quadratic import Quadratic
 from curvature.side_effects import SideEffects
 from curvature.trees import flatten_direction, flatten_params
 
-__all__ = ["check_directional", "finite_difference"]
+__all__ = ["check_directional", "check_rule", "finite_difference"]
 
 _RATIO = 1.5
 _LEVELS = 8
@@ -121,6 +123,68 @@ def check_directional(
         for name in ("slope", "curvature"):
             numbers = [getattr(q, name).double().cpu() for q in (difference, uncertainty, computed)]
             _compare(name + suffix, *numbers, rtol=rtol, atol=atol)
+
+
+def check_rule(func: Callable[..., Any], *inputs: Tensor, rtol: float = 1e-6) -> None:
+    """Assert that an operation's rule agrees with finite differences, whichever inputs move.
+
+    Every non-empty choice of moving inputs is tried, along a random direction: the tangent pass
+    and the jets by :func:`check_directional`, and the Hessian-vector product by its symmetry,
+    <w, H v> = <v, H w>, and by <v, H v>.
+
+    Args:
+        func: calls the operation; gives a tensor, or a tuple of tensors.
+        inputs: float64 tensors, at a point around which the operation is smooth.
+        rtol: relative tolerance.
+
+    Raises:
+        AssertionError: they disagree; the message names the inputs that moved.
+        TypeError, ValueError: as :func:`check_directional`.
+
+    Example:
+        >>> import torch
+        >>> check_rule(torch.atan2, torch.rand(3).double() + 1, torch.rand(3).double() + 1)
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+
+    for moving in itertools.product([True, False], repeat=len(inputs)):
+        params = {i: torch.zeros_like(x) for i, x in enumerate(inputs) if moving[i]}
+        if not params:
+            continue
+
+        def losses(params: dict[int, Tensor]) -> Tensor:
+            # Bent before and after, so that second derivatives pass through the operation.
+            bent = [
+                x + params[i] + params[i] ** 2 / 5 if i in params else x
+                for i, x in enumerate(inputs)
+            ]
+            outputs = func(*bent)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            flat = torch.cat([y.reshape(-1) for y in outputs])
+            weights = torch.linspace(0.5, 1.5, flat.numel(), dtype=flat.dtype, device=flat.device)
+            return flat * weights + flat.square() / 3
+
+        v, w = ({i: random(p) for i, p in params.items()} for _ in range(2))
+        try:
+            check_directional(losses, params, v, rtol=rtol)
+            hv, hw = hvp(losses, params, v), hvp(losses, params, w)
+            curvature = directional(losses, params, v).curvature
+            _check_equal("<v, H v>", _inner(v, hv), curvature, rtol)
+            _check_equal("<w, H v>", _inner(w, hv), _inner(v, hw), rtol)
+        except AssertionError as error:
+            raise AssertionError(f"with inputs {sorted(params)} moving: {error}") from error
+
+
+def _inner(left: dict[int, Tensor], right: dict[int, Tensor]) -> Tensor:
+    return torch.stack([(left[i] * right[i]).sum() for i in left]).sum()
+
+
+def _check_equal(name: str, number: Tensor, expected: Tensor, rtol: float) -> None:
+    if not abs(number - expected) <= rtol * max(1.0, abs(float(expected))):
+        raise AssertionError(f"{name} is {float(number)}; it must be {float(expected)}")
 
 
 def _compare(

@@ -1,0 +1,76 @@
+"""The door for rules of your own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch._library.custom_ops import CustomOpDef
+
+from curvature.rules.table import General, Linear, register
+
+
+def register_rule(
+    operation: type | CustomOpDef | str,
+    push: Callable[..., Any] | None = None,
+    *,
+    tangent: Callable[..., Any] | None = None,
+) -> None:
+    """Give an operation a rule, by which tangents pass through it to second order.
+
+    Without one an operation is differentiated by its own double backward, where it has one; a
+    rule is faster, and serves operations that have only a first derivative.
+
+    Args:
+        operation: a subclass of :class:`torch.autograd.Function`, an operator made by
+            ``torch.library.custom_op``, or the name of autograd's node ("AddmmBackward0").
+        push: ``push(call, dots, bend)`` gives J xdot, or with ``bend`` the pair of J xdot and
+            D²F[xdot, xdot]. ``dots`` are the tangents of the inputs that are tensors, None for
+            one that does not move; an operation with several outputs gives tuples. ``call``
+            holds what the forward pass saved: ``call.saved_tensors``, ``call.name_on_ctx``.
+            Written with operations that autograd differentiates (nothing in place on what it
+            still needs), it serves Hessian-vector products too.
+        tangent: instead of ``push``, for an operation that is linear in what moves:
+            ``tangent(call, *dots)`` gives J xdot.
+
+    Raises:
+        TypeError, ValueError: no such operation, not one of ``push`` and ``tangent``, or there is
+            a rule already.
+
+    :func:`curvature.testing.check_rule` compares a rule with finite differences.
+
+    Example:
+        >>> import torch, curvature
+        >>> class Square(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x):
+        ...         ctx.save_for_backward(x)
+        ...         return x * x
+        ...
+        ...     @staticmethod
+        ...     @torch.autograd.function.once_differentiable
+        ...     def backward(ctx, g):
+        ...         return 2 * ctx.saved_tensors[0] * g
+        >>> def push(call, dots, bend):
+        ...     (x,), (xdot,) = call.saved_tensors, dots
+        ...     ydot = 2 * x * xdot
+        ...     return (ydot, 2 * xdot * xdot) if bend else ydot
+        >>> curvature.register_rule(Square, push)
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> curvature.directional(lambda x: Square.apply(x).sum(), x, x).curvature
+        tensor(10.)
+    """
+    if (push is None) == (tangent is None):
+        raise TypeError("give either push or tangent")
+    register(_key(operation), General(push) if push is not None else Linear(tangent))  # type: ignore[arg-type]
+
+
+def _key(operation: Any) -> str | type:
+    if isinstance(operation, CustomOpDef):
+        return f"GeneratedBackwardFor_{operation._qualname.replace('::', '_')}_defaultBackward"
+    if isinstance(operation, str) or (isinstance(operation, type) and hasattr(operation, "apply")):
+        return operation
+    raise TypeError(
+        f"operation is {operation!r}; it must be a subclass of torch.autograd.Function, an "
+        "operator made by torch.library.custom_op, or the name of an autograd node"
+    )

@@ -1,0 +1,138 @@
+"""Rules that users register, and the check that tells a right one from a wrong one."""
+
+from typing import Any
+
+import pytest
+import torch
+from agreement import fast_only
+from torch import Tensor
+
+import curvature
+from curvature import NotTwiceDifferentiable, directional
+from curvature.rules import table
+from curvature.testing import check_rule
+
+pytestmark = fast_only
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
+
+
+class Power(torch.autograd.Function):
+    """x^k y, differentiable once; k comes first and is no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, k: int, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.k = k
+        return x**k * y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        return None, ctx.k * x ** (ctx.k - 1) * y * g, x**ctx.k * g
+
+
+def push(call: Any, dots: Any, bend: bool) -> Any:
+    (x, y), (a, b), k = call.saved_tensors, dots, call.k
+    a = torch.zeros_like(x) if a is None else a
+    b = torch.zeros_like(y) if b is None else b
+    out = k * x ** (k - 1) * y * a + x**k * b
+    second = k * (k - 1) * x ** (k - 2) * y * a * a + 2 * k * x ** (k - 1) * a * b
+    return (out, second) if bend else out
+
+
+def power(x: Tensor, y: Tensor) -> Tensor:
+    return Power.apply(3, x, y)
+
+
+def inputs() -> list[Tensor]:
+    return [torch.rand(4, dtype=F64) + 0.5, torch.randn(4, dtype=F64)]
+
+
+def test_a_rule_serves_a_function_that_is_differentiable_once() -> None:
+    with pytest.raises(NotTwiceDifferentiable, match=r"register a rule .*register_rule"):
+        check_rule(power, *inputs())
+    curvature.register_rule(Power, push)
+    check_rule(power, *inputs())
+    x, y = inputs()
+    assert directional(lambda x: power(x, y).sum(), x, x).engine == "tangent"
+
+
+def test_a_wrong_rule_is_found() -> None:
+    def wrong(call: Any, dots: Any, bend: bool) -> Any:
+        result = push(call, dots, bend)
+        return (result[0], result[1] * 1.01) if bend else result
+
+    curvature.register_rule(Power, wrong)
+    with pytest.raises(AssertionError, match=r"with inputs \[0, 1\] moving: curvature differs"):
+        check_rule(power, *inputs())
+
+
+def test_a_rule_for_a_custom_operator() -> None:
+    @torch.library.custom_op("curvature_tests::scaled_exp", mutates_args=())
+    def scaled_exp(scale: float, x: Tensor) -> Tensor:
+        return scale * x.exp()
+
+    def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(output.clone())
+
+    scaled_exp.register_autograd(
+        lambda ctx, g: (None, ctx.saved_tensors[0].detach() * g), setup_context=setup
+    )
+    x = torch.randn(4, dtype=F64)
+    curvature.register_rule(
+        scaled_exp,
+        lambda call, dots, bend: (
+            (call.saved_tensors[0] * dots[0], call.saved_tensors[0] * dots[0] ** 2)
+            if bend
+            else call.saved_tensors[0] * dots[0]
+        ),
+    )
+    check_rule(lambda x: scaled_exp(2.0, x), x)
+
+
+def test_a_linear_rule() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g
+
+    curvature.register_rule(Double, tangent=lambda call, x: 2 * x)
+    check_rule(Double.apply, torch.randn(3, dtype=F64))
+
+
+def test_arguments_that_are_no_tensors_come_first() -> None:
+    """Without a rule too: what backward returns is matched with the tensors."""
+
+    class Shifted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, k: int, x: Tensor, name: str, y: Tensor) -> Tensor:
+            ctx.save_for_backward(x, y)
+            ctx.k = k
+            return (x + k) ** 2 * y
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None, Tensor]:
+            x, y = ctx.saved_tensors
+            return None, 2 * (x + ctx.k) * y * g, None, (x + ctx.k) ** 2 * g
+
+    check_rule(lambda x, y: Shifted.apply(2, x, "name", y), *inputs())
+
+
+def test_bad_registrations() -> None:
+    with pytest.raises(TypeError, match="give either push or tangent"):
+        curvature.register_rule(Power)
+    with pytest.raises(TypeError, match="it must be a subclass"):
+        curvature.register_rule(torch.sin, push)
+    curvature.register_rule(Power, push)
+    with pytest.raises(ValueError, match="already"):
+        curvature.register_rule(Power, push)
