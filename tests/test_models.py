@@ -300,9 +300,9 @@ def test_products_whose_factors_do_not_move(still: str, monkeypatch: pytest.Monk
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1))
     model = model.to(F64)
     J = Objective(model, lambda y, _: y.square().sum(1), (torch.randn(4, 3, dtype=F64), None))
-    for size in (0.0, 1e-30, 1e30):
+    for size, other in ((0.0, 1.0), (1e-30, 1.0), (1e30, 1.0), (0.0, 1e-20)):
         v = {
-            name: torch.randn_like(p) * (size if name in still.split() else 1)
+            name: torch.randn_like(p) * (size if name in still.split() else other)
             for name, p in J.params.items()
         }
         exact = directional(J, J.params, v, engine="reference")
@@ -340,6 +340,22 @@ def test_without_cotangents_the_numbers_are_the_same(name: str) -> None:
         assert q.engine.startswith("tangent" if cotangents and not low_memory else "jet")
         results.append((q.slope, q.curvature, tape.hvp(v)))
         torch.testing.assert_close(results[-1], results[0], rtol=1e-8, atol=1e-10)
+
+
+def test_a_loss_near_zero_keeps_its_digits() -> None:
+    """Where a class is all but certain, the tangent of its logarithm is a small difference."""
+    logits = torch.tensor([[14.0, 0.0, 1.0], [0.5, 13.0, 0.0]])
+    v, y = torch.randn(2, 3), torch.tensor([0, 1])
+
+    def losses(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, reduction="none")
+
+    exact = directional(losses, logits.double(), v.double(), per_sample=True).per_sample
+    fast = directional(losses, logits, v, per_sample=True).per_sample
+    assert exact is not None
+    assert fast is not None
+    torch.testing.assert_close(fast.slope.double(), exact.slope, rtol=1e-5, atol=0)
+    torch.testing.assert_close(fast.curvature.double(), exact.curvature, rtol=1e-5, atol=0)
 
 
 def test_autocast_is_followed() -> None:
