@@ -17,7 +17,8 @@ from curvature.graph import Call, Edge, Graph, Tensors
 from curvature.quadratic import Quadratic
 from curvature.rules import rule_of
 from curvature.rules.local import LocalDoubleBackward
-from curvature.rules.table import Rule, products_in
+from curvature.rules.precision import products_in
+from curvature.rules.rule import Rule
 
 _log = logging.getLogger(__name__)
 _noted: set[str] = set()

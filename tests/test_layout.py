@@ -20,8 +20,8 @@ FLOORS = {
         {"differentiable", "audit", "contributions", "forward"},
         {"graph"},
         {"quadratic"},
-        {"gradient", "reference", "rules.table"},
-        {"rules.local"},
+        {"gradient", "reference", "rules.rule", "rules.precision"},
+        {"rules.table", "rules.local"},
         {
             "rules.attention",
             "rules.bilinear",

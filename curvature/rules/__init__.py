@@ -12,7 +12,8 @@ from curvature.rules import (
     recurrent,
 )
 from curvature.rules.local import LocalDoubleBackward
-from curvature.rules.table import Rule, find
+from curvature.rules.rule import Rule
+from curvature.rules.table import find
 
 __all__ = [
     "attention",

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from curvature.errors import NotTwiceDifferentiable, tells_no_second_derivative
 from curvature.graph import Call, Tensors
-from curvature.rules.table import Rule, inner
+from curvature.rules.rule import Rule, inner
 
 
 class Transposition(Rule):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.table import General, general, inner, register
+from curvature.rules.rule import inner
+from curvature.rules.table import General, general, register
 
 
 @dataclass

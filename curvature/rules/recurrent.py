@@ -9,7 +9,8 @@ from torch import Tensor
 
 from curvature.graph import Call, Tensors
 from curvature.rules.local import LocalDoubleBackward
-from curvature.rules.table import multiply, register
+from curvature.rules.precision import multiply
+from curvature.rules.table import register
 
 _LSTM = 2  # as torch numbers its kinds of recurrent layers
 

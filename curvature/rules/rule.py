@@ -1,0 +1,99 @@
+"""What a rule is: how one operation carries tangents and cotangents, to second order.
+
+An operation is y = F(x). With xdot the tangents of its inputs and yhat the cotangents of its
+outputs, a rule knows J xdot, the bend D²F[xdot, xdot], and the cross term D²F(xdot, .)^T yhat.
+The transposed Jacobian needs no rule: it is autograd's own node.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from curvature.graph import Call, Tensors
+
+
+class Rule(ABC):
+    """How one operation carries tangents, to second order.
+
+    Tangents are given for each differentiable input, and returned for each output, in
+    autograd's order; None stands for zero.
+
+    Attributes:
+        linear: whether the operation is linear in the inputs that move; then it has no bend.
+        light: whether the cotangent of its first input is cheaper to compute again than to keep.
+    """
+
+    linear = False
+    light = False
+
+    def check(self, call: Call) -> None:  # noqa: B027
+        """Refuse a call that this rule cannot serve, before anything is computed.
+
+        Raises:
+            NotTwiceDifferentiable: with the reason.
+        """
+
+    @abstractmethod
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        """J xdot."""
+
+    @abstractmethod
+    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        """J xdot and the bend D²F[xdot, xdot]."""
+
+    def adjoint(
+        self, call: Call, dots: Tensors, cotangents: Tensors
+    ) -> tuple[Tensors, Tensor | None]:
+        """J xdot and the number <yhat, D²F[xdot, xdot]>, in at least float32."""
+        outputs, bends = self.jet(call, dots)
+        return outputs, inner(cotangents, bends)
+
+    def turn(
+        self, call: Call, dots: Tensors, cotangents: Tensors | None, turned: Tensors | None
+    ) -> list[Tensors]:
+        """How J^T yhat changes along xdot: J^T yhatdot and D²F(xdot, .)^T yhat, to be added."""
+        parts = [] if turned is None else [call.pull(*turned)]
+        if cotangents is not None and not self.linear:
+            parts.append(self.cross(call, dots, cotangents))
+        return parts
+
+    def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
+        """D²F(xdot, .)^T yhat: half the gradient of <yhat, D²F[xdot, xdot]> in xdot."""
+        with torch.enable_grad():
+            moving = [d.detach().requires_grad_() for d in dots if d is not None]
+            leaves = iter(moving)
+            _, bends = self.jet(call, tuple(d if d is None else next(leaves) for d in dots))
+            number = inner(cotangents, bends)
+            if number is None or not number.requires_grad:
+                return (None,) * len(dots)
+            grads = iter(torch.autograd.grad(number / 2, moving, allow_unused=True))
+        return tuple(None if d is None else next(grads) for d in dots)
+
+
+def inner(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor | None:
+    """The real inner product of two lists of tensors, in which None is zero."""
+    pairs = zip(left, right, strict=False)
+    numbers = [real_dot(a, b) for a, b in pairs if a is not None and b is not None]
+    return sum(numbers[1:], numbers[0]) if numbers else None
+
+
+def real_dot(a: Tensor, b: Tensor) -> Tensor:
+    if a.layout != torch.strided or b.layout != torch.strided:
+        return real_dot(a.to_dense(), b.to_dense())
+    if a.is_complex():
+        return real_dot(torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj()))
+    if a.dtype in (torch.float16, torch.bfloat16):
+        return real_dot(a.float(), b.float())
+    flat = a.reshape(-1), b.to(a.dtype).reshape(-1)
+    if a.numel() <= _PIECE:
+        return torch.dot(*flat)
+    # In pieces: a single sum of millions of terms would round away several digits.
+    pieces = zip(*(torch.split(t, _PIECE) for t in flat), strict=True)
+    return torch.stack([torch.dot(x, y) for x, y in pieces]).sum(dtype=torch.float64).to(a.dtype)
+
+
+_PIECE = 2**18
