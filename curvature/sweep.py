@@ -18,7 +18,7 @@ from curvature.quadratic import Quadratic
 from curvature.rules import rule_of
 from curvature.rules.local import LocalDoubleBackward
 from curvature.rules.precision import products_in
-from curvature.rules.rule import Rule
+from curvature.rules.rule import Rule, add
 
 _log = logging.getLogger(__name__)
 _noted: set[str] = set()
@@ -202,7 +202,7 @@ class Sweep:
             outputs, bends = rule.jet(call, dots)
             if any(d is not None for d in ddots):
                 pushed = rule.tangent(call, ddots)
-                bends = tuple(map(_add, pushed, bends))
+                bends = tuple(map(add, pushed, bends))
             for k, bend in enumerate(bends):
                 if bend is not None:
                     seconds[call.node, k] = bend
@@ -301,12 +301,6 @@ class Sweep:
 
 def _total(numbers: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(numbers).sum() if numbers else like.new_zeros(())
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
 
 
 def _keeper(store: dict[int, Tensors], i: int) -> Callable[[Tensors], None]:

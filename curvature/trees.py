@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree as pytree
 
+from curvature.losses import is_finite
+
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
 
 
@@ -82,7 +84,7 @@ def flatten_direction(direction: Any, params: Flat, *, argument: str = "directio
         )
     for key, leaf, param in zip(wanted, leaves, params.leaves, strict=True):
         _check_pair(argument + key, leaf, param)
-    bad = [argument + key for key, leaf in zip(wanted, leaves, strict=True) if not _is_finite(leaf)]
+    bad = [argument + key for key, leaf in zip(wanted, leaves, strict=True) if not is_finite(leaf)]
     if bad:
         raise ValueError(f"{', '.join(bad)} holds NaN or infinite entries")
     return [leaf.detach() for leaf in leaves]
@@ -119,8 +121,3 @@ def _check_pair(name: str, leaf: Any, param: Tensor) -> None:
         raise ValueError(f"{name} is on {leaf.device}, its parameter is on {param.device}")
     if leaf.layout != torch.strided:
         raise TypeError(f"{name} has layout {leaf.layout}; only dense tensors can be used")
-
-
-def _is_finite(leaf: Tensor) -> bool:
-    # A sum is finite only if its terms are, and many times faster to look at than each of them.
-    return bool(torch.isfinite(leaf.sum())) or bool(torch.isfinite(leaf).all())

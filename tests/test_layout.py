@@ -10,14 +10,13 @@ FLOORS = {
     "curvature": [
         {
             "errors",
-            "trees",
             "losses",
             "side_effects",
             "reevaluation",
             "objective",
             "origin",
         },
-        {"differentiable", "audit", "contributions", "forward"},
+        {"differentiable", "audit", "contributions", "forward", "trees"},
         {"graph"},
         {"quadratic"},
         {"gradient", "reference", "rules.rule", "rules.precision"},

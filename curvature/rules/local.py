@@ -195,11 +195,8 @@ def _cut(nodes: set[Node]) -> Iterator[None]:
     Where one input of a call is computed from another, a derivative by the latter would
     otherwise also hold what flows through the former.
     """
-    inner_nodes = [node for node in nodes if node.next_functions]
-    hooks = []
-    if len(nodes) > 1:
-        for node in inner_nodes:
-            hooks.append(node.register_prehook(lambda grads: (None,) * len(grads)))
+    inside = [node for node in nodes if node.next_functions] if len(nodes) > 1 else []
+    hooks = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in inside]
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.rule import inner
+from curvature.rules.rule import add, inner
 from curvature.rules.table import General, general, register
 
 
@@ -233,13 +233,7 @@ def _turn_batch_norm(call: Call, dots: Tensors, cotangents: Tensors, turned: Ten
     pulled = call.pull(change) if change is not None else (None, None, None)
     by_weight = None if w is None else cotangent * rstd * _channels(w, value)
     by_input = None if x is None else (cotangent * x * rstd).sum(dims)
-    return _plus(pulled[0], by_weight), _plus(pulled[1], by_input), pulled[2]
-
-
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+    return add(pulled[0], by_weight), add(pulled[1], by_input), pulled[2]
 
 
 register(

@@ -74,6 +74,13 @@ class Rule(ABC):
         return tuple(None if d is None else next(grads) for d in dots)
 
 
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None is zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
 def inner(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor | None:
     """The real inner product of two lists of tensors, in which None is zero."""
     pairs = zip(left, right, strict=False)
