@@ -29,9 +29,10 @@ class Call:
         inputs: for each differentiable input the edge it came by, or None if it does not move.
         edges: the moving inputs as gradient edges, each once.
         product: the result of a product of two tensors, if it was kept.
+        used: which of the outputs later calls use.
     """
 
-    __slots__ = ("inputs", "name", "node", "product")
+    __slots__ = ("inputs", "name", "node", "product", "used")
 
     def __init__(
         self, node: Node, inputs: tuple[Edge | None, ...], product: Product | None
@@ -39,6 +40,7 @@ class Call:
         self.node, self.product = node, product
         self.name = node.name().removeprefix("torch::autograd::")
         self.inputs = inputs
+        self.used: set[int] = set()
 
     def __getattr__(self, name: str) -> Any:
         # Dunder names are asked for by copy and pickle before there is a node.
@@ -89,7 +91,11 @@ class Call:
         pulled = result if isinstance(result, tuple) else (result,)
         if not callable(node):
             pulled = self._of_tensors(pulled)
-        return tuple(map(_like_input, pulled, self.inputs))
+        return self.fitted(pulled)
+
+    def fitted(self, cotangents: Sequence[Tensor | None]) -> Tensors:
+        """Cotangents of the inputs in their shapes, summed over what broadcasting has repeated."""
+        return tuple(map(_like_input, cotangents, self.inputs))
 
     def _of_tensors(self, pulled: Tensors) -> Tensors:
         """What a Python function returned for its tensors; it has entries for other arguments."""
@@ -162,6 +168,10 @@ class Graph:
             if any(inputs):
                 moving.add(node)
                 self.calls.append(Call(node, inputs, products.get(node)))
+        made = {call.node: call for call in self.calls}
+        for node, k in self.uses():
+            if node in made:
+                made[node].used.add(k)
 
     def behind(self, outputs: Sequence[Tensor]) -> set[int]:
         """The positions of the calls that ``outputs`` depend on."""

@@ -4,12 +4,14 @@ from curvature.graph import Call
 from curvature.rules import (
     attention,
     bilinear,
+    convolution,
     elementwise,
     linear,
     loss,
     normalisation,
     product,
     recurrent,
+    softmax,
 )
 from curvature.rules.local import LocalDoubleBackward
 from curvature.rules.rule import Rule
@@ -18,6 +20,7 @@ from curvature.rules.table import find
 __all__ = [
     "attention",
     "bilinear",
+    "convolution",
     "elementwise",
     "linear",
     "loss",
@@ -25,6 +28,7 @@ __all__ = [
     "product",
     "recurrent",
     "rule_of",
+    "softmax",
 ]
 
 _ANY = LocalDoubleBackward()
@@ -32,5 +36,5 @@ _ANY = LocalDoubleBackward()
 
 def rule_of(call: Call) -> Rule:
     """The rule for a call; its own double backward where there is none, or a number is complex."""
-    rule = find(call)
-    return _ANY if rule is None or call.is_complex() else rule
+    rule = None if call.is_complex() else find(call)
+    return (None if rule is None else rule.of(call)) or _ANY

@@ -1,22 +1,17 @@
-"""Linear layers, convolutions and other products of two inputs."""
+"""Products of two inputs: linear layers, and matrices of any kind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import EllipsisType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
+from curvature.rules.matmul import matmul
 from curvature.rules.precision import product_dtype
-from curvature.rules.rule import Rule, real_dot
+from curvature.rules.rule import Rule, add, real_dot
 from curvature.rules.table import register
-
-Rows = slice | EllipsisType
-
-_BLOCK = 2**20  # entries of a product at a time, so that sums over them stay in the cache
 
 
 class Bilinear(Rule):
@@ -24,27 +19,29 @@ class Bilinear(Rule):
 
     Args:
         left, right: names of the saved a and b.
-        product: B(call, a, b).
-        transposed: (call, a, b, yhat) -> the cotangents of a and b.
+        product: (call, a, b, onto) -> B(a, b), added to ``onto`` if that is given.
+        to_left: (call, yhat, b, onto) -> the cotangent of a, added to ``onto`` if that is given.
+        to_right: (call, yhat, a, onto) -> likewise the cotangent of b.
         inputs: where a and b stand among the inputs.
         added: (call, cdot) -> what a moving third input adds to ydot.
-        rowwise: whether the rows of y are those of a, each times b, and the same is added to all.
+        summed: (call, yhat) -> the cotangent of that third input, before it is summed to its shape.
     """
 
     def __init__(
         self,
         left: str,
         right: str,
-        product: Callable[[Call, Tensor, Tensor], Tensor],
-        transposed: Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+        product: Callable[[Call, Tensor, Tensor, Tensor | None], Tensor],
+        to_left: Callable[[Call, Tensor, Tensor, Tensor | None], Tensor],
+        to_right: Callable[[Call, Tensor, Tensor, Tensor | None], Tensor],
         *,
         inputs: tuple[int, int] = (0, 1),
         added: Callable[[Call, Tensor], Tensor] | None = None,
-        rowwise: bool = False,
+        summed: Callable[[Call, Tensor], Tensor] | None = None,
     ) -> None:
         self._left, self._right, self._inputs = left, right, inputs
-        self._product, self._transposed, self._added = product, transposed, added
-        self._rowwise = rowwise
+        self._product, self._to_left, self._to_right = product, to_left, to_right
+        self._added, self._summed = added, summed
 
     def _split(self, dots: Tensors) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         a, b = self._inputs
@@ -53,12 +50,17 @@ class Bilinear(Rule):
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         a, b, c = self._split(dots)
-        out, _ = self._products(call, a, b, bend=False)
+        out, _ = self._products(call, a, b)
         return (self._plus(call, out, c),)
 
-    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
-        out, halves = self._with_half(call, dots, lambda _, half: half.mul_(2))
-        return (out,), (_joined(halves) if halves else None,)
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
+        out, half = self._with_half(call, dots, None)
+        second = None if half is None else half.mul_(2)
+        if any(d is not None for d in ddots):
+            a, b, c = self._split(ddots)
+            second, _ = self._products(call, a, b, onto=second)
+            second = self._plus(call, second, c)
+        return (out,), (second,)
 
     def adjoint(
         self, call: Call, dots: Tensors, cotangents: Tensors
@@ -66,21 +68,20 @@ class Bilinear(Rule):
         (cotangent,) = cotangents
         if cotangent is None:
             return self.tangent(call, dots), None
-        out, halves = self._with_half(
-            call, dots, lambda rows, half: real_dot(cotangent[rows], half)
-        )
-        return (out,), 2 * sum(halves[1:], halves[0]) if halves else None
+        out, number = self._with_half(call, dots, cotangent)
+        return (out,), None if number is None else 2 * number
 
     def _with_half(
-        self, call: Call, dots: Tensors, use: Callable[[Rows, Tensor], Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """ydot, and what ``use`` makes of B(adot, bdot), half of the bend, given with its rows."""
+        self, call: Call, dots: Tensors, cotangent: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """ydot and B(adot, bdot), half of the bend, or its inner product with a cotangent."""
         a, b, c = self._split(dots)
         known = None if call.product is None else call.product()
         if known is not None and a is not None and b is not None:
-            return self._from_known(call, a, b, c, *known, use)
+            return self._from_known(call, a, b, c, *known, cotangent)
         out, half = self._products(call, a, b, bend=True)
-        return self._plus(call, out, c), [] if half is None else [use(..., half)]
+        out = self._plus(call, out, c)
+        return out, half if half is None or cotangent is None else real_dot(cotangent, half)
 
     def _from_known(
         self,
@@ -90,8 +91,8 @@ class Bilinear(Rule):
         c: Tensor | None,
         y: Tensor,
         bias: Tensor | None,
-        use: Callable[[Rows, Tensor], Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:
+        cotangent: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """One product instead of two for B(a, B) + B(A, b), where y = B(A, B) + bias is known.
 
         B(A + t a, B + t b) = B(A, B) + t (B(A, b) + B(a, B)) + t² B(a, b), as in Karatsuba's
@@ -101,17 +102,23 @@ class Bilinear(Rule):
         A, B = getattr(call, self._left), getattr(call, self._right)
         y = y.reshape(call.shape())
         t = _balance([A, B], [a, b])
-        moved = torch.addcmul(B, b, t)
-        step = max(1, _BLOCK // y[:1].numel()) if self._rowwise else len(y)
-        outs, used = [], []
-        for start in range(0, len(y), step):
-            rows = slice(start, start + step)
-            half = self._product(call, a[rows], b)
-            out = self._product(call, torch.addcmul(A[rows], a[rows], t), moved).sub_(y[rows])
-            self._plus(call, out, bias).div_(t).addcmul_(half, t, value=-1)
-            outs.append(self._plus(call, out, c))
-            used.append(use(rows, half))
-        return _joined(outs), used
+        rest = None
+        if self._added is not None:
+            still = None if bias is None else self._added(call, bias) / t
+            rest = add(still, None if c is None else self._added(call, c))
+
+        half = self._rounded(call, a, b)
+        out = self._rounded(call, torch.addcmul(A, a, t), torch.addcmul(B, b, t))
+        out.sub_(y).addcmul_(half, t * t, value=-1)
+        out = out.div_(t) if rest is None else torch.addcmul(rest, out, 1 / t, out=out)
+        return out, half if cotangent is None else real_dot(cotangent, half)
+
+    def _rounded(self, call: Call, a: Tensor, b: Tensor) -> Tensor:
+        """B(a, b) in the dtype of :func:`products_in`."""
+        dtype = product_dtype.get()
+        if dtype is None:
+            return self._product(call, a, b, None)
+        return self._product(call, a.to(dtype), b.to(dtype), None).to(a.dtype)
 
     def _plus(self, call: Call, out: Tensor | None, c: Tensor | None) -> Tensor:
         """Add the tangent of the input that is only added."""
@@ -123,51 +130,59 @@ class Bilinear(Rule):
         return out
 
     def _products(
-        self, call: Call, a: Tensor | None, b: Tensor | None, *, bend: bool
+        self,
+        call: Call,
+        a: Tensor | None,
+        b: Tensor | None,
+        *,
+        bend: bool = False,
+        onto: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """B(a, B) + B(A, b), and B(a, b), in the dtype of :func:`products_in`."""
+        """B(a, B) + B(A, b) + onto, and B(a, b), in the dtype of :func:`products_in`."""
         dtype = product_dtype.get()
-        kept = next((t.dtype for t in (a, b) if t is not None), None)
-        out = half = None
         if dtype is not None:
+            kept = next((t.dtype for t in (a, b) if t is not None), None)
             a, b = (None if t is None else t.to(dtype) for t in (a, b))
-        if a is not None:
-            out = self._product(call, a, getattr(call, self._right).to(a.dtype))
+        out, half = onto if dtype is None else None, None
         if b is not None:
-            other = self._product(call, getattr(call, self._left).to(b.dtype), b)
-            out = other if out is None else out.add_(other)
+            out = self._product(call, getattr(call, self._left).to(b.dtype), b, out)
+        if a is not None:
+            out = self._product(call, a, getattr(call, self._right).to(a.dtype), out)
         if bend and a is not None and b is not None:
-            half = self._product(call, a, b)
+            half = self._product(call, a, b, None)
         if dtype is None:
             return out, half
-        return None if out is None else out.to(kept), None if half is None else half.to(kept)
+        out, half = (None if t is None else t.to(kept) for t in (out, half))
+        return add(out, onto), half
 
     def turn(
-        self, call: Call, dots: Tensors, cotangents: Tensors | None, turned: Tensors | None
-    ) -> list[Tensors]:
-        parts = super().turn(call, dots, cotangents, turned)
-        if len(parts) < 2:
-            return parts
-        pulled, crossed = parts
-        return [
-            tuple(
-                a if b is None else b if a is None else b.add_(a)
-                for a, b in zip(pulled, crossed, strict=True)
-            )
-        ]
-
-    def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
-        result: list[Tensor | None] = [None] * len(dots)
+        self,
+        call: Call,
+        dots: Tensors,
+        cotangents: Tensors | None,
+        turned: Tensors | None,
+        kept: None,
+    ) -> Tensors:
         a, b, _ = self._split(dots)
-        (y,) = cotangents
-        if a is not None and b is not None and y is not None:
-            left, right = self._inputs
-            result[left], result[right] = self._transposed(call, a, b, y)
-        return tuple(result)
-
-
-def _joined(blocks: list[Tensor]) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        y = None if cotangents is None else cotangents[0]
+        change = None if turned is None else turned[0]
+        to: list[Tensor | None] = [None] * len(dots)
+        left, right = self._inputs
+        for place, saved, other, transposed in (
+            (left, self._right, b, self._to_left),
+            (right, self._left, a, self._to_right),
+        ):
+            if call.inputs[place] is None:
+                continue
+            if change is not None:
+                to[place] = transposed(call, change, getattr(call, saved), None)
+            if y is not None and other is not None:
+                to[place] = transposed(call, y, other, to[place])
+        for place, edge in enumerate(call.inputs):
+            if place not in self._inputs and edge is not None and change is not None:
+                assert self._summed is not None
+                to[place] = self._summed(call, change)
+        return call.fitted(to)
 
 
 def _balance(factors: list[Tensor], moves: list[Tensor]) -> Tensor:
@@ -178,82 +193,77 @@ def _balance(factors: list[Tensor], moves: list[Tensor]) -> Tensor:
     return ratios.nan_to_num(0, 0, 0).mean().round().clamp(-60, 60).exp2()
 
 
-def _matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
-    return a @ b
+def _matmul(call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
+    return matmul(a, b, onto)
 
 
-def _matmul_transposed(call: Call, a: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return y @ b.mT, a.mT @ y
+def _matmul_left(call: Call, y: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
+    return matmul(y, b.mT, onto)
 
 
-register("MmBackward0", Bilinear("self", "mat2", _matmul, _matmul_transposed, rowwise=True))
-register("BmmBackward0", Bilinear("self", "mat2", _matmul, _matmul_transposed))
+def _matmul_right(call: Call, y: Tensor, a: Tensor, onto: Tensor | None) -> Tensor:
+    # As the gradient of a linear layer's weight, whose transpose the layer multiplies by.
+    return matmul(y.mT, a, None if onto is None else onto.mT).mT
 
 
-def _scaled(call: Call, a: Tensor, b: Tensor) -> Tensor:
-    return a @ b if call.alpha == 1 else (a @ b).mul_(call.alpha)
+register("MmBackward0", Bilinear("self", "mat2", _matmul, _matmul_left, _matmul_right))
+register("BmmBackward0", Bilinear("self", "mat2", _matmul, _matmul_left, _matmul_right))
 
 
-def _scaled_transposed(call: Call, a: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return _matmul_transposed(call, a, b, y if call.alpha == 1 else y * call.alpha)
+def _scaled(call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
+    return matmul(a if call.alpha == 1 else a * call.alpha, b, onto)
+
+
+def _scaled_left(call: Call, y: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
+    return _matmul_left(call, y if call.alpha == 1 else y * call.alpha, b, onto)
+
+
+def _scaled_right(call: Call, y: Tensor, a: Tensor, onto: Tensor | None) -> Tensor:
+    return _matmul_right(call, y if call.alpha == 1 else y * call.alpha, a, onto)
 
 
 def _beta(call: Call, c: Tensor) -> Tensor:
     return c if call.beta == 1 else c * call.beta
 
 
-register(
-    "AddmmBackward0",
-    Bilinear("mat1", "mat2", _scaled, _scaled_transposed, inputs=(1, 2), added=_beta, rowwise=True),
-)
-register(
-    "BaddbmmBackward0",
-    Bilinear("batch1", "batch2", _scaled, _scaled_transposed, inputs=(1, 2), added=_beta),
-)
-
-
-def _mv(call: Call, a: Tensor, b: Tensor) -> Tensor:
-    return a @ b
-
-
-def _mv_transposed(call: Call, a: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.outer(y, b), a.t() @ y
-
-
-def _dot_transposed(call: Call, a: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return y * b, y * a
-
-
-register("MvBackward0", Bilinear("self", "vec", _mv, _mv_transposed))
-register("DotBackward0", Bilinear("self", "tensor", _mv, _dot_transposed))
-
-
-def _options(call: Call) -> tuple[Any, ...]:
-    return (
-        call.stride,
-        call.padding,
-        call.dilation,
-        call.transposed,
-        call.output_padding,
-        call.groups,
+for _name, _left, _right in (
+    ("AddmmBackward0", "mat1", "mat2"),
+    ("BaddbmmBackward0", "batch1", "batch2"),
+):
+    register(
+        _name,
+        Bilinear(
+            _left,
+            _right,
+            _scaled,
+            _scaled_left,
+            _scaled_right,
+            inputs=(1, 2),
+            added=_beta,
+            summed=_beta,
+        ),
     )
 
 
-def _convolution(call: Call, x: Tensor, w: Tensor) -> Tensor:
-    return torch.ops.aten.convolution(x, w, None, *_options(call))
+def added_onto(onto: Tensor | None, cotangent: Tensor) -> Tensor:
+    return cotangent if onto is None else onto.add_(cotangent)
 
 
-def _convolution_transposed(call: Call, x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    both = (True, True, False)
-    result = torch.ops.aten.convolution_backward(y, x, w, None, *_options(call), both)
-    return result[0], result[1]
+def _mv(call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
+    return added_onto(onto, a @ b)
 
 
-def _channels(call: Call, bias: Tensor) -> Tensor:
-    return bias.view(-1, *(1,) * (len(call.shape()) - 2))
+def _mv_left(call: Call, y: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
+    return added_onto(onto, torch.outer(y, b))
 
 
-register(
-    "ConvolutionBackward0",
-    Bilinear("input", "weight", _convolution, _convolution_transposed, added=_channels),
-)
+def _mv_right(call: Call, y: Tensor, a: Tensor, onto: Tensor | None) -> Tensor:
+    return added_onto(onto, a.t() @ y)
+
+
+def _dot_back(call: Call, y: Tensor, other: Tensor, onto: Tensor | None) -> Tensor:
+    return added_onto(onto, y * other)
+
+
+register("MvBackward0", Bilinear("self", "vec", _mv, _mv_left, _mv_right))
+register("DotBackward0", Bilinear("self", "tensor", _mv, _dot_back, _dot_back))

@@ -90,8 +90,9 @@ def _gelu(call: Call, x: Tensor, y: Tensor) -> Tensor:
     t = call.self
     if call.approximate == "none":
         # f = t Phi(t), f'' = (2 - t²) phi(t)
-        out = (t * t).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        return out.mul_((t * t).neg_().add_(2)).mul_(x)
+        square = t * t
+        phi = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        return square.neg_().add_(2).mul_(phi).mul_(x)
     # f = t (1 + tanh u)/2 with u = k (t + c t³)
     k, c = math.sqrt(2 / math.pi), 0.044715
     square = t * t

@@ -13,22 +13,22 @@ from curvature.rules.local import Transposition
 from curvature.rules.table import linear, register
 
 
-@linear("TBackward0")
+@linear("TBackward0", light=True)
 def _t(call: Call, x: Tensor) -> Tensor:
     return x.t()
 
 
-@linear("TransposeBackward0")
+@linear("TransposeBackward0", light=True)
 def _transpose(call: Call, x: Tensor) -> Tensor:
     return x.transpose(call.dim0, call.dim1)
 
 
-@linear("PermuteBackward0")
+@linear("PermuteBackward0", light=True)
 def _permute(call: Call, x: Tensor) -> Tensor:
     return x.permute(call.dims)
 
 
-@linear("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+@linear("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", light=True)
 def _view(call: Call, x: Tensor) -> Tensor:
     return x.reshape(call.shape())
 
@@ -38,7 +38,7 @@ def _expand(call: Call, x: Tensor) -> Tensor:
     return x.expand(call.shape())
 
 
-@linear("CloneBackward0", "AliasBackward0")
+@linear("CloneBackward0", "AliasBackward0", light=True)
 def _same(call: Call, x: Tensor) -> Tensor:
     return x
 
@@ -48,12 +48,12 @@ def _unbind(call: Call, x: Tensor) -> tuple[Tensor, ...]:
     return x.unbind(call.dim)
 
 
-@linear("AddBackward0")
+@linear("AddBackward0", light=True)
 def _add(call: Call, x: Tensor | None, y: Tensor | None = None) -> Tensor:
     return _weighted_sum(call, x, y, call.alpha)
 
 
-@linear("SubBackward0")
+@linear("SubBackward0", light=True)
 def _sub(call: Call, x: Tensor | None, y: Tensor | None = None) -> Tensor:
     return _weighted_sum(call, x, y, -call.alpha)
 
@@ -115,7 +115,7 @@ def _max_pool2d(call: Call, x: Tensor) -> Tensor:
     return x.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
 
 
-@linear("NllLossBackward0", "NllLoss2DBackward0")
+@linear("NllLossBackward0", "NllLoss2DBackward0", light=True)
 def _nll_loss(call: Call, x: Tensor) -> Any:
     function = torch.ops.aten.nll_loss_forward if x.ndim < 4 else torch.ops.aten.nll_loss2d_forward
     return function(x, call.target, call.weight, call.reduction, call.ignore_index)[0]

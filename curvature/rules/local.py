@@ -23,9 +23,9 @@ class Transposition(Rule):
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         return _anywhere(call, dots).tangent()
 
-    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
         outputs = self.tangent(call, dots)
-        return outputs, (None,) * len(outputs)
+        return outputs, self.plus_tangent(call, ddots, (None,) * len(outputs))
 
 
 class LocalDoubleBackward(Rule):
@@ -47,7 +47,7 @@ class LocalDoubleBackward(Rule):
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         return _anywhere(call, dots).tangent()
 
-    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
         local = _anywhere(call, dots)
         outputs, crosses = local.derivatives(create_graph=True)
         with torch.enable_grad():
@@ -55,7 +55,7 @@ class LocalDoubleBackward(Rule):
         bends: Tensors = (None,) * len(outputs)
         if number is not None and number.requires_grad:
             bends = local.differentiate(number, local.u)
-        return _detached(outputs), bends
+        return _detached(outputs), self.plus_tangent(call, ddots, bends)
 
     def adjoint(
         self, call: Call, dots: Tensors, cotangents: Tensors

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from curvature.graph import Call
+from curvature.rules.matmul import matmul
 
 product_dtype: ContextVar[torch.dtype | None] = ContextVar("product_dtype", default=None)
 
@@ -24,9 +24,10 @@ def products_in(dtype: torch.dtype | None) -> Iterator[None]:
         product_dtype.reset(token)
 
 
-def multiply(product: Callable[..., Tensor], call: Call, a: Tensor, b: Tensor) -> Tensor:
-    """``product(call, a, b)`` in the dtype that :func:`products_in` asks for."""
+def multiply(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """a @ b + onto, multiplied in the dtype that :func:`products_in` asks for."""
     dtype = product_dtype.get()
     if dtype is None:
-        return product(call, a, b)
-    return product(call, a.to(dtype), b.to(dtype)).to(a.dtype)
+        return matmul(a, b, onto)
+    product = matmul(a.to(dtype), b.to(dtype)).to(a.dtype)
+    return product if onto is None else onto.add_(product)

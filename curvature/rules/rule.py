@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,15 @@ class Rule(ABC):
 
     Attributes:
         linear: whether the operation is linear in the inputs that move; then it has no bend.
-        light: whether the cotangent of its first input is cheaper to compute again than to keep.
+        light: whether the cotangents of its inputs are cheaper to compute again than to keep.
     """
 
     linear = False
     light = False
+
+    def of(self, call: Call) -> Rule | None:
+        """The rule for this very call; None where its own double backward has to serve."""
+        return self
 
     def check(self, call: Call) -> None:  # noqa: B027
         """Refuse a call that this rule cannot serve, before anything is computed.
@@ -42,36 +47,59 @@ class Rule(ABC):
         """J xdot."""
 
     @abstractmethod
-    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
-        """J xdot and the bend D²F[xdot, xdot]."""
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
+        """J xdot, and the second derivative J xddot + D²F[xdot, xdot]."""
 
     def adjoint(
         self, call: Call, dots: Tensors, cotangents: Tensors
     ) -> tuple[Tensors, Tensor | None]:
         """J xdot and the number <yhat, D²F[xdot, xdot]>, in at least float32."""
-        outputs, bends = self.jet(call, dots)
+        outputs, bends = self.jet(call, dots, (None,) * len(dots))
         return outputs, inner(cotangents, bends)
 
+    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Any]:
+        """J xdot, and whatever :meth:`turn` can use again."""
+        return self.tangent(call, dots), None
+
     def turn(
-        self, call: Call, dots: Tensors, cotangents: Tensors | None, turned: Tensors | None
-    ) -> list[Tensors]:
-        """How J^T yhat changes along xdot: J^T yhatdot and D²F(xdot, .)^T yhat, to be added."""
-        parts = [] if turned is None else [call.pull(*turned)]
-        if cotangents is not None and not self.linear:
-            parts.append(self.cross(call, dots, cotangents))
-        return parts
+        self,
+        call: Call,
+        dots: Tensors,
+        cotangents: Tensors | None,
+        turned: Tensors | None,
+        kept: Any,
+    ) -> Tensors:
+        """How J^T yhat changes along xdot: J^T yhatdot + D²F(xdot, .)^T yhat.
+
+        Args:
+            cotangents: yhat, or None where an operation that is linear has none.
+            turned: yhatdot, or None where no output's cotangent moves.
+            kept: what :meth:`ahead` gave.
+        """
+        pulled = None if turned is None else call.pull(*turned)
+        if cotangents is None or self.linear:
+            return pulled or (None,) * len(dots)
+        crossed = self.cross(call, dots, cotangents)
+        return crossed if pulled is None else tuple(map(add, pulled, crossed))
 
     def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
         """D²F(xdot, .)^T yhat: half the gradient of <yhat, D²F[xdot, xdot]> in xdot."""
         with torch.enable_grad():
             moving = [d.detach().requires_grad_() for d in dots if d is not None]
             leaves = iter(moving)
-            _, bends = self.jet(call, tuple(d if d is None else next(leaves) for d in dots))
+            tracked = tuple(d if d is None else next(leaves) for d in dots)
+            _, bends = self.jet(call, tracked, (None,) * len(dots))
             number = inner(cotangents, bends)
             if number is None or not number.requires_grad:
                 return (None,) * len(dots)
             grads = iter(torch.autograd.grad(number / 2, moving, allow_unused=True))
         return tuple(None if d is None else next(grads) for d in dots)
+
+    def plus_tangent(self, call: Call, ddots: Tensors, bends: Tensors) -> Tensors:
+        """J xddot + the bends."""
+        if all(d is None for d in ddots):
+            return bends
+        return tuple(map(add, self.tangent(call, ddots), bends))
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

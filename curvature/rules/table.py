@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import EllipsisType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.rule import Rule
+from curvature.rules.rule import Rule, real_dot
+
+Rows = slice | EllipsisType
+
+_BLOCK = 2**18  # entries at a time, so that the temporaries stay in the cache
 
 
 class Linear(Rule):
@@ -16,15 +23,15 @@ class Linear(Rule):
 
     linear = True
 
-    def __init__(self, apply: Callable[..., Any]) -> None:
-        self._apply = apply
+    def __init__(self, apply: Callable[..., Any], *, light: bool = False) -> None:
+        self._apply, self.light = apply, light
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         return _as_tuple(self._apply(call, *dots))
 
-    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
         outputs = self.tangent(call, dots)
-        return outputs, (None,) * len(outputs)
+        return outputs, self.plus_tangent(call, ddots, (None,) * len(outputs))
 
 
 class Elementwise(Rule):
@@ -43,21 +50,70 @@ class Elementwise(Rule):
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         return (call.pull(dots[0])[0],)
 
-    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
         (x,), (y,) = dots, self.tangent(call, dots)
-        if self._bend is None:
-            return (y,), (None,)
-        assert x is not None
-        assert y is not None
-        return (y,), (self._bend(call, x, y).mul_(x),)
+        (second,) = (None,) if ddots[0] is None else self.tangent(call, ddots)
+        if self._bend is None or x is None or y is None:
+            return (y,), (second,)
+        second = torch.zeros_like(y) if second is None else second
+        for rows, bend in self._bends(call, x, y):
+            second[rows].addcmul_(bend, x[rows])
+        return (y,), (second,)
 
-    def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
+    def adjoint(
+        self, call: Call, dots: Tensors, cotangents: Tensors
+    ) -> tuple[Tensors, Tensor | None]:
         (x,), (y,), (cotangent,) = dots, self.tangent(call, dots), cotangents
-        if self._bend is None or cotangent is None:
-            return (None,)
-        assert x is not None
-        assert y is not None
-        return (self._bend(call, x, y).mul_(cotangent),)
+        if cotangent is None or x is None or y is None:
+            return (y,), None
+        parts = [
+            real_dot(cotangent[rows], bend.mul_(x[rows])) for rows, bend in self._bends(call, x, y)
+        ]
+        return (y,), sum(parts[1:], parts[0])
+
+    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        outputs = self.tangent(call, dots)
+        return outputs, outputs
+
+    def turn(
+        self,
+        call: Call,
+        dots: Tensors,
+        cotangents: Tensors | None,
+        turned: Tensors | None,
+        kept: Tensors,
+    ) -> Tensors:
+        (x,), (y,) = dots, kept
+        change = None if turned is None else call.pull(*turned)[0]
+        cotangent = None if cotangents is None else cotangents[0]
+        if self._bend is None or cotangent is None or x is None or y is None:
+            return (change,)
+        change = torch.zeros_like(y) if change is None else change
+        for rows, bend in self._bends(call, x, y):
+            change[rows].addcmul_(bend, cotangent[rows])
+        return (change,)
+
+    def _bends(self, call: Call, x: Tensor, y: Tensor) -> Iterator[tuple[Rows, Tensor]]:
+        assert self._bend is not None
+        if y.numel() <= _BLOCK:
+            yield ..., self._bend(call, x, y)
+            return
+        step = max(1, _BLOCK // y[:1].numel())
+        for start in range(0, len(y), step):
+            rows = slice(start, start + step)
+            yield rows, self._bend(_Part(call, rows), x[rows], y[rows])  # type: ignore[arg-type]
+
+
+class _Part:
+    """Some rows of what an entrywise call saved."""
+
+    def __init__(self, call: Call, rows: slice) -> None:
+        self._call, self._rows, self._shape = call, rows, call.shape()
+
+    def __getattr__(self, name: str) -> Any:
+        saved = getattr(self._call, name)
+        whole = isinstance(saved, Tensor) and saved.shape == self._shape
+        return saved[self._rows] if whole else saved
 
 
 class General(Rule):
@@ -67,44 +123,18 @@ class General(Rule):
         push: (call, dots, bend) -> ydot, or with ``bend`` the pair of ydot and D²F[xdot, xdot];
             each a tensor, None, or a tuple of these for several outputs. Written with operations
             that autograd differentiates, it serves the cross term too.
-        adjoint: (call, dots, cotangents) -> ydot and <yhat, D²F[xdot, xdot]>; where there is a
-            cheaper way than to form the bend.
-        turn: (call, dots, cotangents, turned) -> J^T turned and the cross term, added; where
-            there is a cheaper way than these two one by one. ``turned`` may hold None.
         light: see :class:`Rule`.
     """
 
-    def __init__(
-        self,
-        push: Callable[[Call, Tensors, bool], Any],
-        *,
-        light: bool = False,
-        adjoint: Callable[[Call, Tensors, Tensors], tuple[Tensor, Tensor]] | None = None,
-        turn: Callable[[Call, Tensors, Tensors, Tensors], Tensors] | None = None,
-    ) -> None:
-        self._push, self._adjoint, self._turn, self.light = push, adjoint, turn, light
-
-    def adjoint(
-        self, call: Call, dots: Tensors, cotangents: Tensors
-    ) -> tuple[Tensors, Tensor | None]:
-        if self._adjoint is None:
-            return super().adjoint(call, dots, cotangents)
-        output, number = self._adjoint(call, dots, cotangents)
-        return (output,), number
-
-    def turn(
-        self, call: Call, dots: Tensors, cotangents: Tensors | None, turned: Tensors | None
-    ) -> list[Tensors]:
-        if self._turn is None or cotangents is None:
-            return super().turn(call, dots, cotangents, turned)
-        return [self._turn(call, dots, cotangents, turned or (None,) * len(cotangents))]
+    def __init__(self, push: Callable[[Call, Tensors, bool], Any], *, light: bool = False) -> None:
+        self._push, self.light = push, light
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         return _as_tuple(self._push(call, dots, False))
 
-    def jet(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
         outputs, bends = self._push(call, dots, True)
-        return _as_tuple(outputs), _as_tuple(bends)
+        return _as_tuple(outputs), self.plus_tangent(call, ddots, _as_tuple(bends))
 
 
 def _as_tuple(value: Any) -> Tensors:
@@ -125,9 +155,9 @@ def register(name: str | type, rule: Rule) -> None:
     _TABLE[name] = rule
 
 
-def linear(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def linear(*names: str, light: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register F of the tangents as a :class:`Linear` rule."""
-    return _registering(Linear, names)
+    return _registering(partial(Linear, light=light), names)
 
 
 def elementwise(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -141,11 +171,11 @@ def general(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _registering(
-    family: type[Rule], names: Sequence[str]
+    family: Callable[[Callable[..., Any]], Rule], names: Sequence[str]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
-            register(name, family(function))  # type: ignore[call-arg]
+            register(name, family(function))
         return function
 
     return decorate

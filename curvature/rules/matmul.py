@@ -1,0 +1,41 @@
+"""Products of two matrices, by the faster of the libraries that PyTorch has on board."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from torch import Tensor
+
+# PyTorch multiplies single-precision matrices by MKL, and convolves by oneDNN, which takes half
+# the time on AMD's processors (docs/matmul.md has figures) and is on a par elsewhere.
+_ONEDNN = (
+    platform.machine() in ("x86_64", "AMD64")
+    and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+_LEAST_WORK = 1_000_000  # multiplications; below these its set-up costs more than it saves
+
+
+def matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """a @ b, of two matrices or two batches of them, plus ``onto``, whose memory it may take."""
+    if _by_onednn(a, b):
+        if onto is None:
+            return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(a, onto, b.mT, None, "add")
+    if onto is None:
+        return a @ b
+    return onto.addmm_(a, b) if onto.ndim == 2 else onto.baddbmm_(a, b)
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    return bool(
+        _ONEDNN
+        and a.ndim == b.ndim == 2
+        and a.dtype == b.dtype == torch.float32
+        and a.device.type == "cpu"
+        and len(a) * b.numel() >= _LEAST_WORK
+        # It is no operation that autograd knows.
+        and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+        and torch.backends.mkldnn.enabled
+    )

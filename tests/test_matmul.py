@@ -1,0 +1,62 @@
+"""Products by the faster library: the same numbers, whatever the layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from curvature.rules import matmul as module
+from curvature.rules.matmul import matmul
+
+
+def laid_out(rows: int, columns: int, layout: str) -> Tensor:
+    if layout == "transposed":
+        return torch.randn(columns, rows).t()
+    if layout == "strided":
+        return torch.randn(rows, 2 * columns)[:, ::2]
+    if layout == "slice":
+        return torch.randn(rows, 2 * columns)[:, columns:]
+    return (
+        torch.randn(rows, columns)
+        if layout == "plain"
+        else torch.randn(1, columns).expand(rows, -1)
+    )
+
+
+layouts = st.sampled_from(["plain", "transposed", "strided", "slice", "expanded"])
+sizes = st.integers(0, 40)
+
+
+@given(sizes, sizes, sizes, layouts, layouts, st.sampled_from([None, "plain", "transposed"]))
+def test_any_layout_and_size(
+    n: int, k: int, m: int, left: str, right: str, onto: str | None
+) -> None:
+    torch.manual_seed(0)
+    a, b = laid_out(n, k, left), laid_out(k, m, right)
+    c = None if onto is None else laid_out(n, m, onto)
+    exact = a.double() @ b.double() + (0 if c is None else c.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LEAST_WORK", 1)
+        result = matmul(a, b, c)
+    torch.testing.assert_close(result, exact.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not module._ONEDNN, reason="oneDNN is not on board")
+def test_large_products_go_to_onednn_unless_autograd_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b = torch.randn(128, 128), torch.randn(128, 128)
+    assert module._by_onednn(a, b)
+    assert not module._by_onednn(a.double(), b.double())
+    assert not module._by_onednn(a[:4], b[:, :4])
+    a.requires_grad_()
+    assert not module._by_onednn(a, b)
+    assert matmul(a, b).requires_grad
+    with torch.no_grad():
+        assert module._by_onednn(a, b)
+    monkeypatch.setattr(type(torch.backends.mkldnn), "enabled", False)
+    with torch.no_grad():
+        assert not module._by_onednn(a, b)
