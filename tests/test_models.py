@@ -338,6 +338,13 @@ def test_without_cotangents_the_numbers_are_the_same(name: str) -> None:
         tape.backward(losses, params, cotangents=cotangents)
         q = tape.directional(v)
         assert q.engine.startswith("tangent" if cotangents and not low_memory else "jet")
+        if low_memory:
+            with pytest.raises(RuntimeError, match="a low-memory tape answers one question"):
+                tape.hvp(v)
+            torch.manual_seed(0)
+            with Tape(low_memory=low_memory) as tape:
+                losses = J(params)
+            tape.backward(losses, params)
         results.append((q.slope, q.curvature, tape.hvp(v)))
         torch.testing.assert_close(results[-1], results[0], rtol=1e-8, atol=1e-10)
 
@@ -491,24 +498,40 @@ def test_refusals_name_the_call_the_module_and_the_line() -> None:
             verb(J, J.params, J.params)
 
 
-def test_the_lstm_of_the_cpu_in_single_precision() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True}, {"bias": False}, {"num_layers": 2}, {"batch_first": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("moving", ["all", "weights", "inputs"])
+def test_the_lstm_of_the_cpu_in_single_precision(options: dict[str, object], moving: str) -> None:
     torch.manual_seed(0)
-    for options in ({}, {"bidirectional": True}, {"bias": False}, {"num_layers": 2}):
-        lstm = nn.LSTM(4, 5, **options)
-        x = torch.randn(7, 3, 4)
-        results = []
-        for dtype, engine in ((torch.float32, "auto"), (F64, "reference")):
-            module = lstm.to(dtype)
-            leaf = x.to(dtype).requires_grad_()
-            params = [leaf, *module.parameters()]
+    lstm = nn.LSTM(4, 5, **options)
+    ends = 2 if "bidirectional" in options or "num_layers" in options else 1
+    batch = 7 if "batch_first" in options else 3
+    given = [torch.randn(7, 3, 4), torch.randn(ends, batch, 5), torch.randn(ends, batch, 5)]
+    results = []
+    for dtype, engine in ((torch.float32, "auto"), (F64, "reference")):
+        module = lstm.to(dtype).requires_grad_(moving != "inputs")
+        inputs = [x.to(dtype).requires_grad_(moving != "weights") for x in given]
+        params = [p for p in [*inputs, *module.parameters()] if p.requires_grad]
+        v = [torch.linspace(-1, 1, p.numel(), dtype=dtype).view(p.shape) for p in params]
+        for per_sample in (False, True):
             with Tape(engine=engine) as tape:
-                output, (h, c) = module(leaf.sin())
-                losses = output.sin().sum((0, 2)) + h.square().sum((0, 2)) + c.pow(3).sum((0, 2))
+                x, h, c = (x.sin() for x in inputs)
+                output, (h, c) = module(x, (h, c))
+                time = 1 if "batch_first" in options else 0
+                losses = output.sin().sum((time, 2)) + h.square().sum((0, 2)) + c.pow(3).sum((0, 2))
             tape.backward(losses, params)
-            v = [torch.linspace(-1, 1, p.numel(), dtype=dtype).view(p.shape) for p in params]
-            q = tape.directional(v)
-            results.append(torch.stack([q.slope, q.curvature]).to(F64))
-        torch.testing.assert_close(*results, rtol=1e-5, atol=0)
+            q = tape.directional(v, per_sample=per_sample)
+            numbers = [q.slope.view(1), q.curvature.view(1)]
+            if q.per_sample is not None:
+                numbers += [q.per_sample.slope, q.per_sample.curvature]
+            results.append((dtype, torch.cat(numbers).to(F64)))
+        results.append((dtype, torch.cat([h.flatten() for h in tape.hvp(v)]).to(F64)))
+    single, double = ([t for d, t in results if d == dtype] for dtype in (torch.float32, F64))
+    for mine, exact in zip(single, double, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 
 def test_gauss_newton_is_the_loss_seen_through_the_jacobian() -> None:

@@ -309,8 +309,17 @@ def _convolution(draw: Any) -> Sample:
 def _layer_norm(draw: Any) -> Sample:
     shape = [size(draw, 2, 4) for _ in range(draw(st.integers(1, 2)))]
     affine = [torch.randn(shape) for _ in range(draw(st.integers(0, 2)))]
-    x = torch.randn(size(draw), size(draw), *shape)
+    x = torch.randn(*[size(draw) for _ in range(draw(st.integers(0, 2)))], *shape)
     return lambda x, *wb: F.layer_norm(x, shape, *wb, eps=1e-2), [x, *affine]
+
+
+@sample("NativeGroupNormBackward0")
+def _group_norm(draw: Any) -> Sample:
+    groups, channels = size(draw), size(draw)
+    places = [size(draw, 2, 3) for _ in range(draw(st.integers(1, 2)))]
+    x = torch.randn(size(draw), groups * channels, *places)
+    affine = [torch.randn(groups * channels) for _ in range(draw(st.integers(0, 2)))]
+    return lambda x, *wb: F.group_norm(x, groups, *wb, eps=1e-2), [x, *affine]
 
 
 @sample("NativeBatchNormBackward0")
@@ -427,3 +436,23 @@ def test_rule(name: str, data: st.DataObject, seed: int) -> None:
         if all(moving):
             assert name in nodes_of(loss(leaves))
         check_agreement(loss, params, {i: torch.randn_like(p) for i, p in params.items()})
+
+
+@fast_only
+@pytest.mark.parametrize("function", [F.gelu, F.softplus, torch.tanh])
+def test_entries_are_served_some_rows_at_a_time(
+    function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_BLOCK", 6)
+    x, v = torch.randn(2, 5, 2, 2, dtype=F64)
+    check_agreement(lambda x: function(x.sin()).square().sum((1, 2)), x, v)
+
+
+@fast_only
+def test_the_statistics_of_group_norm_are_outputs_too() -> None:
+    def loss(x: Tensor) -> Tensor:
+        outputs = torch.native_group_norm(x.sin(), None, None, 2, 4, 3, 2, 1e-2)
+        return sum(y.pow(3).sum() for y in outputs)  # type: ignore[return-value]
+
+    x, v = torch.randn(2, 2, 4, 3, dtype=F64)
+    check_agreement(loss, x, v)

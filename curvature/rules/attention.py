@@ -3,124 +3,215 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.table import General, register
+from curvature.rules.rule import Rule, real_dot
+from curvature.rules.table import register
 
 _BLOCK = 2**18  # entries of S at a time, so that the temporaries stay in the cache
+_ROWS = 64  # of S at a time, where not all are needed or they are too many
+_KEPT = 4  # times as many keys as features: up to there P is no larger than what autograd saved
 
 
-class _Block:
-    """O = P V with P = softmax(S), S = scale Q K^T + mask, for a few samples."""
+class _Heads:
+    """Some samples of O = P V with P = softmax(S), S = scale Q K^T + mask, and tangents.
 
-    def __init__(self, call: Call, some: slice) -> None:
-        self.Q, self.K, self.V = call.query[some], call.key[some], call.value[some]
-        self.scale = 1 / math.sqrt(self.Q.shape[-1]) if call.scale is None else call.scale
-        S = (self.Q @ self.K.mT) * self.scale
-        mask = call.attn_mask
-        if call.is_causal:
-            S = S.masked_fill(torch.ones(S.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
-        elif mask is not None:
-            S = S + (mask[some] if mask.ndim == 4 and len(mask) > 1 else mask)
-        self.P = torch.softmax(S, -1)
+    Samples and heads are one dimension. Values and tangents lie side by side, so that what is
+    bilinear in them comes by one product: ``q_Q`` holds (Q', Q), times the scale; ``K_k`` holds
+    (K, K'), and ``V_v`` (V, V').
+    """
 
-    def centred(self, q: Tensor | None, k: Tensor | None) -> Tensor | None:
-        """c = S' - E_P S', so that P' = P c."""
-        if q is not None and k is not None:
-            S1 = torch.cat([q, self.Q], -1) @ torch.cat([self.K, k], -1).mT
-        elif q is not None:
-            S1 = q @ self.K.mT
-        elif k is not None:
-            S1 = self.Q @ k.mT
-        else:
-            return None
-        S1.mul_(self.scale)
-        return S1.sub_((self.P * S1).sum(-1, True))
+    def __init__(self, call: Call, some: slice, dots: Tensors) -> None:
+        self.call, self.some = call, some
+        self.scale = 1 / math.sqrt(call.query.shape[-1]) if call.scale is None else call.scale
+        Q, K, V = (x[some] for x in (call.query, call.key, call.value))
+        q, k, v = self._filled(dots)
+        self.q_Q = torch.cat([q, Q], -1).mul_(self.scale).flatten(0, 1)
+        self.K_k = torch.cat([K, k], -1).flatten(0, 1)
+        self.V_v = torch.cat([V, v], -1).flatten(0, 1)
+        self.mask = None
+        if call.attn_mask is not None:
+            shape = (*call.query.shape[:-1], call.key.shape[-2])
+            self.mask = call.attn_mask.expand(shape)[some].flatten(0, 1)
 
-    def push(
-        self, q: Tensor | None, k: Tensor | None, v: Tensor | None, bend: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """P'' = P (c² - E_P c² + S'' - E_P S'') and O'' = P'' V + 2 P' V'."""
-        c = self.centred(q, k)
-        out = None if v is None else self.P @ v
-        if c is None:
-            assert out is not None
-            return out, None
-        P1 = self.P * c
-        out = P1 @ self.V if out is None else out + P1 @ self.V
-        if not bend:
-            return out, None
-        inner = P1 * c
-        if q is not None and k is not None:
-            inner = torch.addcmul(inner, self.P, q @ k.mT, value=2 * self.scale)
-        P2 = torch.addcmul(inner, self.P, inner.sum(-1, True), value=-1)
-        second = P2 @ self.V
-        return out, second if v is None else torch.add(second, P1 @ v, alpha=2)
+    def _filled(self, dots: Tensors) -> list[Tensor]:
+        values = (self.call.query, self.call.key, self.call.value)
+        pairs = zip(values, dots, strict=False)
+        return [(torch.zeros_like(x) if d is None else d)[self.some] for x, d in pairs]
+
+    def second(self, ddots: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        """(Q'', Q), times the scale, (K, K'') and V''."""
+        q, k, v = (t.flatten(0, 1) for t in self._filled(ddots))
+        Q, K = self.q_Q.chunk(2, -1)[1], self.K_k.chunk(2, -1)[0]
+        return torch.cat([q * self.scale, Q], -1), torch.cat([K, k], -1), v
+
+    def blocks(self, height: int, known: Iterator[tuple[Tensor, Tensor]]) -> Iterator[_Rows]:
+        for start in range(0, self.q_Q.shape[1], height):
+            yield _Rows(self, slice(start, start + height), next(known, None))
+
+
+class _Rows:
+    """Some rows of S, without the columns that causal attention masks in all of them."""
+
+    def __init__(self, heads: _Heads, rows: slice, known: tuple[Tensor, Tensor] | None) -> None:
+        self.heads, self.rows = heads, rows
+        self.columns = slice(0, rows.stop if heads.call.is_causal else None)
+        self.q_Q, self.K_k = heads.q_Q[:, rows], heads.K_k[:, self.columns]
+        self.V_v = heads.V_v[:, self.columns]
+        self.q, self.Q = self.q_Q.chunk(2, -1)
+        self.K, self.k = self.K_k.chunk(2, -1)
+        self.V, self.v = self.V_v.chunk(2, -1)
+        self.P, self.c = self._evaluated() if known is None else known
+
+    def _evaluated(self) -> tuple[Tensor, Tensor]:
+        """P, and c with which P' = P c."""
+        heads = self.heads
+        S = self.Q @ self.K.mT
+        if heads.call.is_causal:
+            corner = S[..., self.rows.start :]
+            corner += corner.new_full(corner.shape[1:], -math.inf).triu_(1)
+        elif heads.mask is not None:
+            S += heads.mask[:, self.rows]
+        P = torch.softmax(S, -1)
+        S1 = self.q_Q @ self.K_k.mT
+        return P, S1.sub_((P * S1).sum(-1, True))
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of a tensor like the queries or the output."""
+        return x[self.heads.some, :, self.rows].flatten(0, 1)
+
+    def add(self, x: Tensor, rows: slice, part: Tensor) -> None:
+        at = x[self.heads.some, :, rows]
+        at.add_(part.view_as(at))
+
+    def moved(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """O' = P' V + P V', and P' V'; takes the memory of c."""
+        out, mixed = (c.mul_(self.P) @ self.V_v).chunk(2, -1)
+        return torch.baddbmm(out, self.P, self.v), mixed
+
+    def bent(self) -> Tensor:
+        """W = P (c² + S''), for Q'' = K'' = 0."""
+        return (self.q @ self.k.mT).mul_(2).addcmul_(self.c, self.c).mul_(self.P)
+
+    def back(self, cotangent: Tensor) -> Tensor:
+        """R - D with R = O^ V^T and D = E_P R = sum O^ O."""
+        D = (cotangent * self.of(self.heads.call.output)).sum(-1, True)
+        return torch.baddbmm(D.expand_as(self.P), cotangent, self.V.mT, beta=-1)
+
+
+class _Attention(Rule):
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        out = _like_output(call)
+        for block in _blocks(call, dots):
+            _write(out, block, block.moved(block.c)[0])
+        return (out,)
+
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
+        """O'' = P'' V + 2 P' V' + P V'', in which P'' V = W V - O sum W."""
+        out, second = _like_output(call), _like_output(call)
+        still = all(d is None for d in ddots[:3])
+        heads = None
+        for block in _blocks(call, dots):
+            W = block.bent()
+            if not still:
+                if heads is not block.heads:
+                    heads = block.heads
+                    qq_Q, K_kk, vv = heads.second(ddots)
+                W.addcmul_(qq_Q[:, block.rows] @ K_kk[:, block.columns].mT, block.P)
+            moved, mixed = block.moved(block.c)
+            bend = torch.baddbmm(mixed, W, block.V, beta=2)
+            bend.addcmul_(block.of(call.output), W.sum(-1, True), value=-1)
+            if not still:
+                bend.baddbmm_(block.P, vv[:, block.columns])
+            _write(out, block, moved)
+            _write(second, block, bend)
+        return (out,), (second,)
+
+    def adjoint(
+        self, call: Call, dots: Tensors, cotangents: Tensors
+    ) -> tuple[Tensors, Tensor | None]:
+        """<O^, O''> = <R - D, W> + 2 <O^, P' V'>."""
+        cotangent = cotangents[0]
+        if cotangent is None:
+            return self.tangent(call, dots), None
+        out, numbers = _like_output(call), []
+        for block in _blocks(call, dots):
+            y = block.of(cotangent)
+            numbers.append(real_dot(block.bent(), block.back(y)))
+            moved, mixed = block.moved(block.c)
+            numbers.append(2 * real_dot(y, mixed))
+            _write(out, block, moved)
+        return (out,), sum(numbers[1:], numbers[0])
+
+    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Any]:
+        if call.key.shape[-2] > _KEPT * call.key.shape[-1]:
+            return self.tangent(call, dots), None
+        out, kept = _like_output(call), []
+        for block in _blocks(call, dots):
+            _write(out, block, block.moved(block.c.clone())[0])
+            kept.append((block.P, block.c))
+        return (out,), kept
 
     def turn(
         self,
-        q: Tensor | None,
-        k: Tensor | None,
-        v: Tensor | None,
-        cotangent: Tensor,
-        turned: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The derivative of the backward pass along (q, k, v) and the cotangent's own.
+        call: Call,
+        dots: Tensors,
+        cotangents: Tensors | None,
+        turned: Tensors | None,
+        kept: Any,
+    ) -> Tensors:
+        """The backward pass is V^ = P^T O^, S^ = P (R - D), Q^ = scale S^ K, K^ = scale S^T^ Q.
 
-        With R the cotangent of P and D = E_P R: V^ = P^T O^, R = O^ V^T, S^ = P (R - D),
-        Q^ = scale S^ K, K^ = scale S^T^ Q.
+        With M = R' + c (R - D) the cotangent of S moves by S^' = P (M - E_P M).
         """
-        P, zero = self.P, torch.zeros_like(self.P)
-        c = self.centred(q, k)
-        P1 = zero if c is None else P * c
-        R = cotangent @ self.V.mT
-        R1 = zero if v is None else cotangent @ v.mT
-        V1 = P1.mT @ cotangent
-        if turned is not None:
-            R1 = R1 + turned @ self.V.mT
-            V1 = V1 + P.mT @ turned
-        D = (P * R).sum(-1, True)
-        D1 = (P1 * R + P * R1).sum(-1, True)
-        S = P * (R - D) * self.scale
-        S1 = (P1 * (R - D) + P * (R1 - D1)) * self.scale
-        Q1 = S1 @ self.K if k is None else S1 @ self.K + S @ k
-        K1 = S1.mT @ self.Q if q is None else S1.mT @ self.Q + S.mT @ q
-        return Q1, K1, V1
+        change = None if turned is None else turned[0]
+        if cotangents is None or cotangents[0] is None:
+            return (None,) * len(dots) if change is None else call.pull(change)
+        to_q, to_k, to_v = (torch.zeros_like(x) for x in (call.query, call.key, call.value))
+        for block in _blocks(call, dots, kept or ()):
+            P, c, y = block.P, block.c, block.of(cotangents[0])
+            S = block.back(y)
+            M = (y @ block.v.mT).addcmul_(c, S)
+            S.mul_(P)
+            v_part = (P * c).mT @ y
+            if change is not None:
+                M.baddbmm_(block.of(change), block.V.mT)
+                v_part.baddbmm_(P.mT, block.of(change))
+            S1 = torch.ops.aten._softmax_backward_data(M, P, -1, M.dtype)
+            q_part = (S1 @ block.K).baddbmm_(S, block.k).mul_(block.heads.scale)
+            k_part = (S1.mT @ block.Q).baddbmm_(S.mT, block.q)
+            block.add(to_q, block.rows, q_part)
+            block.add(to_k, block.columns, k_part)
+            block.add(to_v, block.columns, v_part)
+        return (to_q, to_k, to_v, *[None] * (len(dots) - 3))
 
 
-def _blocks(call: Call) -> Iterator[tuple[_Block, slice]]:
+def _blocks(
+    call: Call, dots: Tensors, known: Iterable[tuple[Tensor, Tensor]] = ()
+) -> Iterator[_Rows]:
+    known = iter(known)
     samples, heads, rows = call.query.shape[:3]
-    step = max(1, _BLOCK // (heads * rows * call.key.shape[-2]))
+    size = heads * rows * call.key.shape[-2]
+    height = _ROWS if call.is_causal or size > _BLOCK else rows
+    step = max(1, _BLOCK * rows // (size * height))
     for start in range(0, samples, step):
-        some = slice(start, start + step)
-        yield _Block(call, some), some
+        yield from _Heads(call, slice(start, start + step), dots).blocks(height, known)
 
 
-def _rows(dots: Tensors, some: slice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    q, k, v = (None if d is None else d[some] for d in dots[:3])
-    return q, k, v
+def _like_output(call: Call) -> Tensor:
+    samples, heads, rows, size = call.shape()
+    # In the layout that the kernel gives its output.
+    return call.query.new_empty(samples, rows, heads, size).transpose(1, 2)
 
 
-def _push(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] | Tensor:
-    pairs = [block.push(*_rows(dots, some), bend) for block, some in _blocks(call)]
-    out = torch.cat([out for out, _ in pairs])
-    seconds = [second for _, second in pairs if second is not None]
-    return (out, torch.cat(seconds) if seconds else None) if bend else out
+def _write(x: Tensor, block: _Rows, rows: Tensor) -> None:
+    at = x[block.heads.some, :, block.rows]
+    at.copy_(rows.view_as(at))
 
 
-def _turn(call: Call, dots: Tensors, cotangents: Tensors, turned: Tensors) -> Tensors:
-    cotangent, change = cotangents[0], turned[0]
-    assert cotangent is not None
-    triples = [
-        block.turn(*_rows(dots, some), cotangent[some], None if change is None else change[some])
-        for block, some in _blocks(call)
-    ]
-    q, k, v = (torch.cat(parts) for parts in zip(*triples, strict=True))
-    return (q, k, v, *[None] * (len(dots) - 3))
-
-
-register("ScaledDotProductFlashAttentionForCpuBackward0", General(_push, turn=_turn))
+register("ScaledDotProductFlashAttentionForCpuBackward0", _Attention())

@@ -3,205 +3,148 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.rule import add, inner
+from curvature.rules.normalised import (
+    BatchNormalised,
+    GroupNormalised,
+    LayerNormalised,
+    Normalised,
+    channels,
+)
+from curvature.rules.rule import Rule, add
 from curvature.rules.table import General, general, register
 
 
-@dataclass
-class _Normalised:
-    """y = w z + b with z = (x - mean) / s and s² = var + eps, over ``dims``.
+class _Normalisation(Rule):
+    light = True
 
-    Attributes:
-        project: t -> (t - mean(t) - z mean(z t)) / s, the Jacobian of z, which is symmetric.
-    """
+    def __init__(self, statistics: Callable[[Call], Normalised]) -> None:
+        self._statistics = statistics
 
-    z: Tensor
-    rstd: Tensor
-    weight: Tensor | None
-    dims: list[int]
-    project: Callable[[Tensor], Tensor]
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        n = self._statistics(call)
+        x, w, b = _as(n, dots)
+        return (_like_output(call, n.scaled(None if x is None else n.project(x), w, b)),)
 
-    def __post_init__(self) -> None:
-        # One buffer for all entrywise products: fresh ones would cost more than the arithmetic.
-        self._buffer = torch.empty_like(self.z)
-
-    def _mean(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.mul(a, b, out=self._buffer).mean(self.dims, True)
-
-    def _rates(self, x: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """s' / s and s'' / s.
-
-        s' = mean(z x') and s s'' = var(x') - s'², in which x' - mean(x') = s z' + s' z, and
-        mean(z z') = (1 - mean(z²)) s' / s, which is not zero for the eps in s.
-        """
-        slope = self._mean(self.z, x) * self.rstd
-        rest = 1 - self._mean(self.z, self.z)
-        return slope, self._mean(moved, moved) + slope**2 * rest
-
-    def push(
-        self, x: Tensor | None, w: Tensor | None, b: Tensor | None, bend: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """From s z = x - mean: s z'' = -2 s' z' - s'' z."""
-        moved = None if x is None else self.project(x)
-        second = None
-        if bend and x is not None:
-            assert moved is not None
-            slope, stretch = self._rates(x, moved)
-            second = (moved * (-2 * slope)).addcmul_(self.z, stretch, value=-1)
-            if self.weight is not None:
-                second.mul_(self.weight)
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
+        """From s z = x - mean: s z'' = -2 s' z' - s'' z; and y'' = w z'' + 2 w' z'."""
+        n = self._statistics(call)
+        x, w, b = _as(n, dots)
+        moved = second = None
+        if x is not None:
+            moved, along = n.moved(x)
+            slope, stretch = n.rates(moved, along)
+            second = (moved * (-2 * slope)).addcmul_(n.z, stretch, value=-1)
+            if n.weight is not None:
+                second.mul_(n.weight)
             if w is not None:
                 second.addcmul_(w, moved, value=2)
-        return self._scaled(moved, w, b), second
-
-    def _scaled(self, moved: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor:
-        """y' = w z' + w' z + b'; takes the memory of z'."""
-        out = moved if moved is None or self.weight is None else moved.mul_(self.weight)
-        if w is not None:
-            out = self.z * w if out is None else out.addcmul_(self.z, w)
-        if b is not None:
-            out = b.expand_as(self.z) if out is None else out.add_(b)
-        assert out is not None
-        return out
+        out = _like_output(call, n.scaled(moved, w, b))
+        if any(d is not None for d in ddots):
+            x, w, b = _as(n, ddots)
+            second = add(n.scaled(None if x is None else n.project(x), w, b), second)
+        return (out,), (None if second is None else second.view(call.shape()),)
 
     def adjoint(
-        self, x: Tensor | None, w: Tensor | None, b: Tensor | None, cotangent: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """y' and <y^, y''> with y'' = w z'' + 2 w' z', by sums over the normalised entries."""
-        if x is None:
-            return self._scaled(None, w, b), self.z.new_zeros(())
-        moved = self.project(x)
-        slope, stretch = self._rates(x, moved)
-        first, extra = self._weighted_sums(torch.mul(cotangent, moved, out=self._buffer), w)
-        still, _ = self._weighted_sums(torch.mul(cotangent, self.z, out=self._buffer), None)
-        number = (-2 * slope * first - stretch * still).sum()
-        return self._scaled(moved, w, b), number if extra is None else number + 2 * extra
+        self, call: Call, dots: Tensors, cotangents: Tensors
+    ) -> tuple[Tensors, Tensor | None]:
+        """<y^, y''> by sums over what is normalised, without forming y''."""
+        n = self._statistics(call)
+        (x, w, b), (y, *_) = _as(n, dots), cotangents
+        moved = number = None
+        if x is not None and y is not None:
+            moved, along = n.moved(x)
+            y = _laid(n, y)
+            slope, stretch = n.rates(moved, along)
+            first, extra = n.sums(y, moved, w)
+            still, _ = n.sums(y, n.z, None)
+            number = (-2 * slope * first - stretch * still).sum()
+            number = number if extra is None else number + 2 * extra
+        elif x is not None:
+            moved = n.project(x)
+        return (_like_output(call, n.scaled(moved, w, b)),), number
 
-    def _weighted_sums(self, t: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The sums of t weight over the normalised entries, and that of t w over all."""
-        extra = None if w is None else (t.sum_to_size(w.shape) * w).sum()
-        t = t if self.weight is None else t.mul_(self.weight)
-        return t.sum(self.dims, True), extra
+    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Any]:
+        n = self._statistics(call)
+        x, w, b = _as(n, dots)
+        moved, along = (None, None) if x is None else n.moved(x)
+        return (_like_output(call, n.scaled(moved, w, b)),), (moved, along)
 
     def turn(
-        self, x: Tensor | None, w: Tensor | None, cotangent: Tensor, turned: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """How the cotangents of x, w and b change, before the last two are summed.
+        self,
+        call: Call,
+        dots: Tensors,
+        cotangents: Tensors | None,
+        turned: Tensors | None,
+        kept: Any,
+    ) -> Tensors:
+        """With g = y^ w the backward pass is x^ = project(g), w^ = sum(y^ z), b^ = sum(y^).
 
-        With g = y^ w: x^ = project(g), w^ = sum(y^ z), b^ = sum(y^).
+        The derivative of project(g) along x' is -s'/s project(g) - (mean(z g) z' + mean(z' g) z)/s.
         """
-        g = cotangent if self.weight is None else cotangent * self.weight
-        change = None if w is None else cotangent * w
-        if turned is not None:
-            if self.weight is None:
-                change = turned if change is None else change.add_(turned)
-            else:
-                change = (
-                    turned * self.weight if change is None else change.addcmul_(turned, self.weight)
-                )
-        inner = None if change is None else self.project(change)
-        scale = None if turned is None else turned * self.z
-        if x is not None:
-            moved = self.project(x)
-            # The derivative of project(g) along x': z and s move.
-            back = self.project(g).mul_(-self._mean(self.z, x))
-            back.addcmul_(moved, self._mean(self.z, g), value=-1)
-            back.addcmul_(self.z, self._mean(moved, g), value=-1).mul_(self.rstd)
-            inner = back if inner is None else inner.add_(back)
-            moved.mul_(cotangent)
-            scale = moved if scale is None else scale.add_(moved)
-        assert inner is not None
-        return inner, torch.zeros_like(self.z) if scale is None else scale, turned
+        n, (moved, along) = self._statistics(call), kept
+        _, w, _ = _as(n, dots)
+        y = None if cotangents is None else cotangents[0]
+        change = None if turned is None else turned[0]
+        y, change = (None if t is None else _laid(n, t) for t in (y, change))
+        g = None if change is None else n.weighted(change)
+        to_weight = None if change is None else n.over_weight(change, n.z)
+        back = None
+        if y is not None:
+            factor = w if moved is None else add(w, -n.weighted(along * n.rstd))
+            if factor is not None:
+                g = y * factor if g is None else g.addcmul_(y, factor)
+            if moved is not None:
+                (first, _), (still, _) = n.sums(y, moved, None), n.sums(y, n.z, None)
+                scale = -n.rstd / n.count
+                back = (moved * (still * scale)).addcmul_(n.z, first * scale)
+                to_weight = add(to_weight, n.over_weight(y, moved))
+        to_bias = None if change is None else n.over_bias(change)
+        if g is not None:
+            back = n.project(g) if back is None else back.add_(n.project(g))
+        return call.fitted([None if back is None else back.view(call.shape()), to_weight, to_bias])
 
 
-def _layer_norm(call: Call) -> _Normalised:
-    mean, rstd, shape = call.result1, call.result2, call.normalized_shape
-    x = call.input.to(mean.dtype)  # the statistics of half precision are in single
-
-    def project(t: Tensor) -> Tensor:
-        return _LAYER_NORM_BACKWARD(t, x, shape, mean, rstd, None, None, _INPUT_ONLY)[0]
-
-    dims = list(range(-len(shape), 0))
-    return _Normalised((x - mean).mul_(rstd), rstd, call.weight, dims, project)
+def _as(n: Normalised, dots: Tensors) -> Tensors:
+    x, w, b = dots
+    return None if x is None else _laid(n, x), n.shaped(w), n.shaped(b)
 
 
-_LAYER_NORM_BACKWARD = torch.ops.aten.native_layer_norm_backward
-_BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward
-_INPUT_ONLY = (True, False, False)
+def _laid(n: Normalised, t: Tensor) -> Tensor:
+    return t.to(n.rstd.dtype).reshape(n.shape)
 
 
-def _push_layer_norm(
-    call: Call, dots: Tensors, bend: bool
-) -> tuple[Tensor, Tensor | None] | Tensor:
-    normalised = _layer_norm(call)
-    x, w, b = (None if d is None else d.to(normalised.z.dtype) for d in dots)
-    out, second = normalised.push(x, w, b, bend)
-    out = out.to(call.input.dtype)
-    return (out, second) if bend else out
+def _like_output(call: Call, t: Tensor) -> Tensor:
+    return t.to(call.input.dtype).view(call.shape())
 
 
-def _adjoint_layer_norm(call: Call, dots: Tensors, cotangents: Tensors) -> tuple[Tensor, Tensor]:
-    normalised = _layer_norm(call)
-    x, w, b = (None if d is None else d.to(normalised.z.dtype) for d in dots)
-    (cotangent,) = cotangents
-    assert cotangent is not None
-    out, number = normalised.adjoint(x, w, b, cotangent.to(normalised.z.dtype))
-    return out.to(call.input.dtype), number
+class _GroupNorm(_Normalisation):
+    def of(self, call: Call) -> Rule | None:
+        # The means and deviations are outputs too, which a model hardly ever uses.
+        return self if call.used <= {0} else None
 
 
-def _turn_layer_norm(call: Call, dots: Tensors, cotangents: Tensors, turned: Tensors) -> Tensors:
-    (x, w, _), (cotangent,), (change,) = dots, cotangents, turned
-    assert cotangent is not None
-    back, scale, shift = _layer_norm(call).turn(x, w, cotangent, change)
-    shape = call.normalized_shape
-    return back, scale.sum_to_size(shape), None if shift is None else shift.sum_to_size(shape)
+class _BatchNorm(_Normalisation):
+    """With the statistics of the batch, or fixed ones."""
+
+    def of(self, call: Call) -> Rule:
+        return self if call.training else _FIXED
 
 
-register(
-    "NativeLayerNormBackward0",
-    General(_push_layer_norm, adjoint=_adjoint_layer_norm, turn=_turn_layer_norm, light=True),
-)
-
-
-def _batch_norm(call: Call) -> _Normalised:
-    x, mean, rstd, eps = call.input, call.result1, call.result2, call.eps
-
-    def project(t: Tensor) -> Tensor:
-        # Its kernel wants the memory format of x.
-        t = t.contiguous()
-        return _BATCH_NORM_BACKWARD(t, x, None, None, None, mean, rstd, True, eps, _INPUT_ONLY)[0]
-
-    z = (x - _channels(mean, x)).mul_(_channels(rstd, x))
-    dims = [0, *range(2, x.ndim)]
-    return _Normalised(z, _channels(rstd, x), _channels(call.weight, x), dims, project)
-
-
-def _channels(t: Any, x: Tensor) -> Any:
-    return None if t is None else t.view(1, -1, *[1] * (x.ndim - 2))
-
-
-def _push_batch_norm(
-    call: Call, dots: Tensors, bend: bool
-) -> tuple[Tensor, Tensor | None] | Tensor:
-    value = call.input
-    x, w, b = dots[0], _channels(dots[1], value), _channels(dots[2], value)
-    if call.training:
-        result = _batch_norm(call).push(x, w, b, bend)
-        return result if bend else result[0]
+def _fixed(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] | Tensor:
     # With fixed statistics it is affine in x, and bilinear in x and w.
-    weight = _channels(call.weight, value)
-    rstd = (_channels(call.running_var, value) + call.eps).rsqrt()
+    x, value = dots[0], call.input
+    w, b, weight = (None if t is None else channels(t, value) for t in (*dots[1:], call.weight))
+    rstd = (channels(call.running_var, value) + call.eps).rsqrt()
     moved = None if x is None else x * rstd
     out = moved if moved is None or weight is None else moved * weight
     if w is not None:
-        scaled = (value - _channels(call.running_mean, value)) * rstd * w
+        scaled = (value - channels(call.running_mean, value)) * rstd * w
         out = scaled if out is None else out + scaled
     if b is not None:
         out = b.expand_as(value) if out is None else out + b
@@ -209,37 +152,10 @@ def _push_batch_norm(
     return (out, None if moved is None or w is None else 2 * w * moved) if bend else out
 
 
-def _adjoint_batch_norm(call: Call, dots: Tensors, cotangents: Tensors) -> tuple[Tensor, Tensor]:
-    value, (cotangent,) = call.input, cotangents
-    assert cotangent is not None
-    if not call.training:
-        out, second = _push_batch_norm(call, dots, True)
-        number = inner(cotangents, (second,))
-        return out, out.new_zeros(()) if number is None else number
-    x, w, b = dots[0], _channels(dots[1], value), _channels(dots[2], value)
-    return _batch_norm(call).adjoint(x, w, b, cotangent)
-
-
-def _turn_batch_norm(call: Call, dots: Tensors, cotangents: Tensors, turned: Tensors) -> Tensors:
-    value = call.input
-    (x, w, _), (cotangent,), (change,) = dots, cotangents, turned
-    assert cotangent is not None
-    dims = [0, *range(2, value.ndim)]
-    if call.training:
-        w = _channels(w, value)
-        back, scale, shift = _batch_norm(call).turn(x, w, cotangent, change)
-        return back, scale.sum(dims), None if shift is None else shift.sum(dims)
-    rstd = (_channels(call.running_var, value) + call.eps).rsqrt()
-    pulled = call.pull(change) if change is not None else (None, None, None)
-    by_weight = None if w is None else cotangent * rstd * _channels(w, value)
-    by_input = None if x is None else (cotangent * x * rstd).sum(dims)
-    return add(pulled[0], by_weight), add(pulled[1], by_input), pulled[2]
-
-
-register(
-    "NativeBatchNormBackward0",
-    General(_push_batch_norm, adjoint=_adjoint_batch_norm, turn=_turn_batch_norm, light=True),
-)
+_FIXED = General(_fixed, light=True)
+register("NativeLayerNormBackward0", _Normalisation(LayerNormalised))
+register("NativeBatchNormBackward0", _BatchNorm(BatchNormalised))
+register("NativeGroupNormBackward0", _GroupNorm(GroupNormalised))
 
 
 @general("WeightNormInterfaceBackward0")

@@ -1,0 +1,151 @@
+"""Softmax and its logarithm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from curvature.graph import Call, Tensors
+from curvature.rules.rule import Rule, add
+from curvature.rules.table import register
+
+_BLOCK = 2**18  # entries at a time, so that the temporaries stay in the cache
+
+
+class _LogSoftmax(Rule):
+    """y = x - log sum exp x.
+
+    With p = exp y: y' = x' - E_p x' and y'' = x'' - E_p x'' - Var_p x'.
+    """
+
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        out = _like_output(call)
+        for rows, p in _blocks(call):
+            out[rows] = _centred(p, _at(call, dots[0])[rows], call.dim)
+        return (out.view(call.shape()),)
+
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
+        out, second, dim = _like_output(call), _like_output(call), call.dim
+        for rows, p in _blocks(call):
+            centred = _centred(p, _at(call, dots[0])[rows], dim)
+            out[rows] = centred
+            variance = p.mul(centred).mul_(centred).sum(dim, True)
+            if ddots[0] is None:
+                second[rows] = variance.neg_()
+            else:
+                second[rows] = _centred(p, _at(call, ddots[0])[rows], dim).sub_(variance)
+        return (out.view(call.shape()),), (second.view(call.shape()),)
+
+    def adjoint(
+        self, call: Call, dots: Tensors, cotangents: Tensors
+    ) -> tuple[Tensors, Tensor | None]:
+        if cotangents[0] is None:
+            return self.tangent(call, dots), None
+        out, dim = _like_output(call), call.dim
+        number = out.new_zeros(())
+        for rows, p in _blocks(call):
+            centred = _centred(p, _at(call, dots[0])[rows], dim)
+            out[rows] = centred
+            variance = p.mul_(centred).mul_(centred).sum(dim)
+            number -= (variance * _at(call, cotangents[0])[rows].sum(dim)).sum()
+        return (out.view(call.shape()),), number
+
+    def turn(
+        self,
+        call: Call,
+        dots: Tensors,
+        cotangents: Tensors | None,
+        turned: Tensors | None,
+        kept: None,
+    ) -> Tensors:
+        """The backward pass is x^ = y^ - p sum y^."""
+        back, dim = _like_output(call), call.dim
+        for rows, p in _blocks(call):
+            moved = torch.zeros_like(p)
+            if cotangents is not None and cotangents[0] is not None:
+                moved = _centred(p, _at(call, dots[0])[rows], dim)
+                moved *= _at(call, cotangents[0])[rows].sum(dim, True)
+            if turned is None or turned[0] is None:
+                back[rows] = p.mul_(moved).neg_()
+            else:
+                change = _at(call, turned[0])[rows]
+                back[rows] = torch.addcmul(change, p, moved + change.sum(dim, True), value=-1)
+        return (back.view(call.shape()),)
+
+
+def _centred(p: Tensor, x: Tensor, dim: int) -> Tensor:
+    """x - E_p x."""
+    out = x - (p * x).sum(dim, True)
+    # Once more, without the common part of x: where p is nearly 1, it would drown in its rounding.
+    return out.sub_((p * out).sum(dim, True))
+
+
+def _blocks(call: Call) -> Iterator[tuple[slice, Tensor]]:
+    y = _at(call, call.result)
+    if y.numel() == 0:
+        return
+    step = len(y) if call.dim % y.ndim == 0 else max(1, _BLOCK // y[:1].numel())
+    for start in range(0, len(y), step):
+        rows = slice(start, start + step)
+        yield rows, y[rows].exp()
+
+
+def _at(call: Call, t: Tensor | None) -> Tensor:
+    # A single number is a vector of one class.
+    assert t is not None
+    return t.view(1) if t.ndim == 0 else t
+
+
+def _like_output(call: Call) -> Tensor:
+    return torch.empty_like(_at(call, call.result))
+
+
+class _Softmax(Rule):
+    """With c = x' - E_p x': p' = p c and p'' = p (c² - E_p c²) + J x''."""
+
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        (x,) = dots
+        assert x is not None
+        return (_project(call, x),)
+
+    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
+        c = self._centred(call, dots)
+        bent = c * c if ddots[0] is None else torch.addcmul(ddots[0], c, c)
+        return (call.result * c,), (_project(call, bent),)
+
+    def _centred(self, call: Call, dots: Tensors) -> Tensor:
+        (x,) = dots
+        assert x is not None
+        return x - (call.result * x).sum(call.dim, True)
+
+    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensor]:
+        c = self._centred(call, dots)
+        return (call.result * c,), c
+
+    def turn(
+        self,
+        call: Call,
+        dots: Tensors,
+        cotangents: Tensors | None,
+        turned: Tensors | None,
+        kept: Tensor,
+    ) -> Tensors:
+        """The backward pass is x^ = p (p^ - E_p p^)."""
+        y = None if cotangents is None else cotangents[0]
+        change = None if turned is None else turned[0]
+        if y is not None:
+            centred = y - (call.result * y).sum(call.dim, True)
+            change = add(change, centred.mul_(kept))
+        return (None if change is None else _project(call, change),)
+
+
+def _project(call: Call, t: Tensor) -> Tensor:
+    """p (t - E_p t)."""
+    p = call.result
+    return torch.ops.aten._softmax_backward_data(t, p, call.dim, p.dtype)
+
+
+register("LogSoftmaxBackward0", _LogSoftmax())
+register("SoftmaxBackward0", _Softmax())
