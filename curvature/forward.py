@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from curvature.origin import Origins
+from curvature.saved import Saved
 
 _LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}  # (input, weight, bias)
 _NODES = {"MmBackward0", "BmmBackward0", "AddmmBackward0", "ConvolutionBackward0"}
@@ -34,6 +35,9 @@ class Product:
         self._tensors = [result.detach()] + ([] if bias is None else [bias.detach()])
         self._versions = [t._version for t in self._tensors]
 
+    def address(self) -> int:
+        return self._tensors[0].data_ptr()
+
     def __call__(self) -> tuple[Tensor, Tensor | None] | None:
         """The result and the bias that was added, or None if one was written to since."""
         if [t._version for t in self._tensors] != self._versions:
@@ -46,15 +50,18 @@ class Forward:
 
     Args:
         keep_products: keep the results of products of two tensors that both have a graph.
+        freeing: let what autograd saves be freed.
 
     Attributes:
+        saved: what autograd saved, if that can be freed.
         origins: where operations came from.
         products: the results of products, by their nodes.
         hooks_interfere: whether a hook, put on a tensor in the forward pass, changed a cotangent.
     """
 
-    def __init__(self, *, keep_products: bool) -> None:
+    def __init__(self, *, keep_products: bool, freeing: bool = False) -> None:
         self.origins = Origins()
+        self.saved = Saved() if freeing else None
         self.products: dict[Node, Product] = {}
         self.hooks_interfere = False
         self._keep_products = keep_products
@@ -67,7 +74,7 @@ class Forward:
             register_module_forward_hook(lambda *_: self.origins.leave(), always_call=True),
         ]
         try:
-            with _Watch(self):
+            with _Watch(self), nullcontext() if self.saved is None else self.saved.holding():
                 yield
         finally:
             for hook in hooks:
@@ -77,8 +84,9 @@ class Forward:
         """Call a torch function, and note what is of use."""
         if func is Tensor.register_hook:
             return self._register_hook(*args, **kwargs)
-        with self.origins.calling(func):
-            result = func(*args, **kwargs)
+        self.origins.call(func)
+        result = func(*args, **kwargs)
+        self.origins.returned()
         if self._keep_products and (func in _LAYERS or func in _PRODUCTS) and len(args) >= 2:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             left, right = args[:2]
@@ -86,6 +94,14 @@ class Forward:
             if length >= _LEAST_LENGTH and length * result.numel() >= _LEAST_WORK:
                 self._keep(left, right, bias, result)
         return result
+
+    def forget_products(self) -> None:
+        """Where memory counts: those that autograd does not hold anyway."""
+        if self.saved is not None:
+            held = self.saved.addresses()
+            kept = {n: p for n, p in self.products.items() if p.address() in held}
+            self.products.clear()
+            self.products.update(kept)
 
     def _keep(self, left: Tensor, right: Tensor, bias: Tensor | None, result: Tensor) -> None:
         if not (left.requires_grad and right.requires_grad) or result.grad_fn is None:

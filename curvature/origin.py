@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,9 @@ class Origins:
 
     def __init__(self) -> None:
         self._starts: list[int] = []
-        self._stretches: list[tuple[str, str, tuple[nn.Module, ...]]] = []
+        self._stretches: list[tuple[str, tuple[str, int], tuple[nn.Module, ...]]] = []
         self._modules: tuple[nn.Module, ...] = ()
-        self._line = ""
+        self._line = ("", 0)
 
     def enter(self, module: nn.Module) -> None:
         """A module is called."""
@@ -64,15 +63,16 @@ class Origins:
         self._starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
         self._stretches.append((function, self._line, self._modules))
 
-    @contextmanager
-    def calling(self, function: Callable[..., Any]) -> Iterator[None]:
-        """Around the call of a torch function."""
-        frame = sys._getframe(2)
+    def call(self, function: Callable[..., Any]) -> None:
+        """A torch function is called."""
+        frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
             frame = frame.f_back
-        self._line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        self._line = frame.f_code.co_filename, frame.f_lineno
         self._begin(getattr(function, "__name__", str(function)))
-        yield
+
+    def returned(self) -> None:
+        """The torch function has returned."""
         self._begin("")
 
     def of(self, operation: str, sequence_nr: int) -> Origin:
@@ -80,7 +80,8 @@ class Origins:
         k = bisect_right(self._starts, sequence_nr) - 1
         if k < 0:
             return Origin(operation, "", "", "")
-        function, line, modules = self._stretches[k]
+        function, (file, number), modules = self._stretches[k]
+        line = f"{file}:{number}" if file else ""
         path = ""
         if modules:
             path = next((name for name, m in modules[0].named_modules() if m is modules[-1]), "")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from curvature.allocation import keep_freed_memory
 from curvature.contributions import Contributions
+from curvature.cotangents import Cotangents
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.graph import Call, Edge, Graph, Tensors
@@ -18,14 +21,13 @@ from curvature.quadratic import Quadratic
 from curvature.rules import rule_of
 from curvature.rules.local import LocalDoubleBackward
 from curvature.rules.precision import products_in
-from curvature.rules.rule import Rule, add
+from curvature.rules.rule import Rule
+from curvature.saved import Saved
 
 _log = logging.getLogger(__name__)
 _noted: set[str] = set()
 
-# glibc gives freed memory back to the system above a threshold, which the largest block freed so
-# far sets, up to 32 MB; without this, every pass would fault the pages of its temporaries in anew.
-torch.empty(2**25 - 2**16, dtype=torch.uint8)
+keep_freed_memory()
 
 
 class Sweep:
@@ -39,6 +41,10 @@ class Sweep:
 
     Raises:
         NotTwiceDifferentiable: an operation has neither a rule nor a double backward of its own.
+
+    Attributes:
+        cotangents: to be collected in the backward pass; where they are not, :meth:`directional`
+            goes without, and :meth:`hvp` runs another.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class Sweep:
         forward: Forward,
         product_dtype: torch.dtype | None = None,
     ) -> None:
+        forward.forget_products()
         self._graph = Graph(losses, params, forward.products)
         self._forward_pass, self._product_dtype = forward, product_dtype
         self._root = losses
@@ -57,18 +64,15 @@ class Sweep:
         for call, rule in zip(self._graph.calls, self._rules, strict=True):
             with self._located(call):
                 rule.check(call)
-        names = {
-            call.name
-            for call, rule in zip(self._graph.calls, self._rules, strict=True)
-            if isinstance(rule, LocalDoubleBackward)
-        }
+        unruled = [i for i, rule in enumerate(self._rules) if isinstance(rule, LocalDoubleBackward)]
+        names = {self._graph.calls[i].name for i in unruled}
+        # Only a derivative tells whether an operation has one; that of a rule is known.
+        self._surely_from = unruled[-1] if unruled else 0
         self._note = f" (double backward: {', '.join(sorted(names))})" if names else ""
         for name in sorted(names - _noted):
             _noted.add(name)
             _log.info("no rule for %s: it is differentiated by its own double backward", name)
-        self._followers = self._find_followers()
-        self._cotangents: dict[int, Tensors] = {}
-        self._collected = False
+        self.cotangents = Cotangents(self._graph, self._rules)
 
     @staticmethod
     def available() -> bool:
@@ -80,7 +84,7 @@ class Sweep:
         value = self._losses.mean()
         if per_sample or not self._trustworthy():
             name = "jet" + self._note
-            slopes, curvatures = self.jets(direction)
+            slopes, curvatures = self.jets(direction, last=True)
             samples = Quadratic(self._losses, slopes, curvatures, name) if per_sample else None
             return Quadratic(value, slopes.mean(), curvatures.mean(), name, samples)
         slopes, terms = self.adjoint(direction)
@@ -93,28 +97,8 @@ class Sweep:
             contributions=Contributions(self._forward_pass.origins, terms),
         )
 
-    def _find_followers(self) -> dict[int, int]:
-        """Calls used only by a light operation that bends: its cotangent tells theirs."""
-        uses, followers = self._graph.uses(), {}
-        made = {call.node: i for i, call in enumerate(self._graph.calls)}
-        for j, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True)):
-            edge = call.inputs[0]
-            if rule.light and not rule.linear and edge is not None and edge[0] in made:
-                i = made[edge[0]]
-                alone = uses[edge] == 1 and edge != self._graph.root
-                if alone and len(self._graph.calls[i].outputs) == 1:
-                    followers[i] = j
-        return followers
-
-    def _cotangents_of(self, i: int) -> Tensors | None:
-        if i not in self._followers:
-            return self._cotangents.get(i)
-        after = self._followers[i]
-        cotangents = self._cotangents_of(after)
-        return None if cotangents is None else self._graph.calls[after].pull(*cotangents)[:1]
-
     def _need_cotangents(self) -> None:
-        if not self._collected:
+        if not self.cotangents.collected:
             self._collect()
         if self._hooked():
             raise ValueError(
@@ -124,34 +108,19 @@ class Sweep:
 
     def _collect(self) -> None:
         weights = torch.full_like(self._losses, 1 / self._losses.numel())
-        with self.collecting():
+        with self.cotangents.collecting():
             torch.autograd.grad(
                 self._root, self._params, weights, retain_graph=True, allow_unused=True
             )
 
     def _trustworthy(self) -> bool:
         """Whether the cotangents were collected, and no hook had a hand in them."""
-        return self._collected and not self._hooked()
+        return self.cotangents.collected and not self._hooked()
 
     def _hooked(self) -> bool:
         # Modules with backward hooks put this operation into the graph.
         modules = any(call.name == "BackwardHookFunctionBackward" for call in self._graph.calls)
         return modules or self._forward_pass.hooks_interfere
-
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Around the backward pass of the mean loss: keep the cotangents that bend."""
-        hooks = [
-            call.node.register_prehook(_keeper(self._cotangents, i))
-            for i, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True))
-            if not rule.linear and i not in self._followers
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._collected = True
 
     @torch.no_grad()
     def adjoint(
@@ -165,7 +134,7 @@ class Sweep:
         terms = []
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
-            cotangents = None if i in skip else self._cotangents_of(i)
+            cotangents = None if i in skip else self.cotangents.of(i)
             if cotangents is None:
                 return rule.tangent(call, dots)
             outputs, number = rule.adjoint(call, dots, cotangents)
@@ -190,26 +159,39 @@ class Sweep:
         return slopes, _total([number for _, _, number in terms], self._losses)
 
     @torch.no_grad()
-    def jets(self, direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def jets(self, direction: Sequence[Tensor], *, last: bool = False) -> tuple[Tensor, Tensor]:
         """The losses' first and second derivative along v, each in the shape of the losses.
 
-        y'' = J x'' + D²F[x', x'], with x'' = 0 for the parameters. No cotangent takes part.
+        y'' = J x'' + D²F[x', x'], with x'' = 0 for the parameters. No cotangent takes part. With
+        ``last``, what the forward pass lets be freed is freed on the way.
         """
         seconds: dict[Edge, Tensor] = {}
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
             ddots = tuple(None if e is None else seconds.get(e) for e in call.inputs)
-            outputs, bends = rule.jet(call, dots)
-            if any(d is not None for d in ddots):
-                pushed = rule.tangent(call, ddots)
-                bends = tuple(map(add, pushed, bends))
-            for k, bend in enumerate(bends):
-                if bend is not None:
-                    seconds[call.node, k] = bend
+            outputs, bent = rule.jet(call, dots, ddots)
+            for k, second in enumerate(bent):
+                if second is not None:
+                    seconds[call.node, k] = second
             return outputs
 
-        tangent = self._forward(direction, step, dying=lambda edge: seconds.pop(edge, None))
+        saved = self._forward_pass.saved if last else None
+        tangent = self._forward(
+            direction,
+            step,
+            dying=lambda edge: seconds.pop(edge, None),
+            done=lambda i: None if saved is None else self._free(i, saved),
+        )
         return self._filled(tangent), self._filled(seconds.get(self._graph.root))
+
+    def _free(self, i: int, saved: Saved) -> None:
+        """Drop what call i has saved; but as long as a call may refuse, it is needed to go back."""
+        if i < self._surely_from:
+            return
+        for call in self._graph.calls[0 if i == self._surely_from else i : i + 1]:
+            call.product = None
+            self._forward_pass.products.pop(call.node, None)
+            saved.free(call.node)
 
     @torch.no_grad()
     def hvp(self, vector: Sequence[Tensor]) -> list[Tensor]:
@@ -219,29 +201,30 @@ class Sweep:
             ValueError: a hook changed the cotangents that this needs.
         """
         self._need_cotangents()
-        moving: list[tuple[int, Tensors]] = []
+        moving: list[tuple[int, Tensors, Any]] = []
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
-            moving.append((i, dots))
-            return rule.tangent(call, dots)
+            outputs, kept = rule.ahead(call, dots)
+            moving.append((i, dots, kept))
+            return outputs
 
         self._forward(vector, step)
         cots: dict[Edge, Tensor] = {}
-        kept = set(self._graph.leaves)
+        leaves = set(self._graph.leaves)
         while moving:
-            i, dots = moving.pop()
+            i, dots, kept = moving.pop()
             call, rule = self._graph.calls[i], self._rules[i]
             turned = tuple(cots.get(edge) for edge in call.outputs)
-            moved = any(t is not None for t in turned)
+            moved = turned if any(t is not None for t in turned) else None
             with self._located(call):
-                parts = rule.turn(call, dots, self._cotangents_of(i), turned if moved else None)
+                changes = rule.turn(call, dots, self.cotangents.of(i), moved, kept)
             for done in call.outputs:
-                if done not in kept:
+                if done not in leaves:
                     cots.pop(done, None)
-            for part in parts:
-                for edge, cot in zip(call.inputs, part, strict=True):
-                    if edge is not None and cot is not None:
-                        cots[edge] = cot if edge not in cots else cots[edge] + cot
+            for edge, cot in zip(call.inputs, changes, strict=True):
+                if edge is not None and cot is not None:
+                    cots[edge] = cot if edge not in cots else cots[edge] + cot
+        self.cotangents.rest()
         return [
             cots.get(edge, torch.zeros_like(p)).to(p)
             for edge, p in zip(self._graph.leaves, self._params, strict=True)
@@ -252,16 +235,20 @@ class Sweep:
         direction: Sequence[Tensor],
         step: Callable[[int, Call, Rule, Tensors], Tensors],
         dying: Callable[[Edge], object] = lambda edge: None,
+        done: Callable[[int], object] = lambda i: None,
     ) -> Tensor | None:
         """Carry tangents from the parameters to the losses, dropping each after its last use."""
         with products_in(self._product_dtype):
-            return self._carry(direction, step, dying)
+            losses = self._carry(direction, step, dying, done)
+        self.cotangents.rest()
+        return losses
 
     def _carry(
         self,
         direction: Sequence[Tensor],
         step: Callable[[int, Call, Rule, Tensors], Tensors],
         dying: Callable[[Edge], object],
+        done: Callable[[int], object],
     ) -> Tensor | None:
         uses = self._graph.uses()
         dots: dict[Edge, Tensor] = {}
@@ -283,6 +270,7 @@ class Sweep:
                     if uses[used] == 0:
                         dots.pop(used, None)
                         dying(used)
+            done(i)
         return dots.get(self._graph.root)
 
     @contextmanager
@@ -301,10 +289,3 @@ class Sweep:
 
 def _total(numbers: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(numbers).sum() if numbers else like.new_zeros(())
-
-
-def _keeper(store: dict[int, Tensors], i: int) -> Callable[[Tensors], None]:
-    def keep(cotangents: Tensors) -> None:
-        store[i] = cotangents
-
-    return keep

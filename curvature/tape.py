@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from curvature.allocation import large_blocks_apart
 from curvature.differentiable import derivative_mode, twice_differentiable
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
@@ -42,8 +43,10 @@ class Tape:
         engine: ``"auto"``, or ``"reference"`` for double backward through the whole graph. The
             latter needs attention's math kernel and weight normalisation's plain formula, and
             chooses them inside the block. With PyTorch older than 2.5 ``"auto"`` is the reference.
-        low_memory: keep no cotangents. Curvature then takes a second-order tangent pass, about a
-            third of a gradient more; a Hessian-vector product another backward pass.
+        low_memory: keep no cotangents, give large blocks back to the system at once, and free
+            the graph during the first :meth:`directional`, so that it answers once. Curvature
+            then takes a second-order tangent pass and up to 0.8 gradients more; a Hessian-vector
+            product another backward pass.
         tangent_dtype: multiply matrices of the tangent passes in this dtype and round the
             products to the tangents' own. With ``torch.bfloat16`` the curvature is good to about
             1 % and, where such products are fast, cheaper.
@@ -79,11 +82,11 @@ class Tape:
         if tangent_dtype is not None and not tangent_dtype.is_floating_point:
             raise TypeError(f"tangent_dtype is {tangent_dtype}; it must be real and floating-point")
         fast = engine == "auto" and Sweep.available()
-        exact = tangent_dtype is None and not low_memory
-        self._forward = Forward(keep_products=exact) if fast else None
+        self._forward = Forward(keep_products=True, freeing=low_memory) if fast else None
         # No rule serves the fused attention kernels of CUDA.
         plain = not fast or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._variants = twice_differentiable if plain else nullcontext
+        self._allocation = large_blocks_apart if low_memory else nullcontext
         self._low_memory, self._tangent_dtype = low_memory, tangent_dtype
         self._recorded = False
         self._reevaluation = Reevaluation()
@@ -98,6 +101,7 @@ class Tape:
             raise RuntimeError("inference_mode records no graph; leave it to compute curvature")
         self._recorded = True
         self._stack = ExitStack()
+        self._stack.enter_context(self._allocation())
         self._stack.enter_context(torch.enable_grad())
         self._stack.enter_context(self._variants())
         self._stack.enter_context(self._reevaluation.recording())
@@ -144,7 +148,7 @@ class Tape:
         with self._deriving(losses):
             sweep = self._sweep()
             keep = cotangents and not self._low_memory
-            with sweep.collecting() if sweep and keep else nullcontext():
+            with sweep.cotangents.collecting() if sweep and keep else nullcontext():
                 return gradient(losses, params, retain_graph=True)
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
@@ -291,5 +295,10 @@ class Tape:
     @contextmanager
     def _deriving(self, losses: Tensor) -> Iterator[None]:
         # What checkpointing evaluates again must take the same variants as in the forward pass.
-        with self._reevaluation.compared(), derivative_mode(losses.device), self._variants():
+        with (
+            self._allocation(),
+            self._reevaluation.compared(),
+            derivative_mode(losses.device),
+            self._variants(),
+        ):
             yield

@@ -1,0 +1,88 @@
+"""The cotangents that operations need, kept from the backward pass or found again from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from curvature.graph import Graph, Tensors
+from curvature.rules.rule import Rule
+
+
+class Cotangents:
+    """Those of the outputs of every call that bends.
+
+    Attributes:
+        collected: whether a backward pass has run inside :meth:`collecting`.
+    """
+
+    def __init__(self, graph: Graph, rules: Sequence[Rule]) -> None:
+        self._graph, self._rules = graph, rules
+        self._kept: dict[int, Tensors] = {}
+        self._recent: dict[int, Tensors] = {}
+        self._followers = _followers(graph, rules)
+        self.collected = False
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Around the backward pass of the mean loss."""
+        sources = {self._source(i) for i, rule in enumerate(self._rules) if not rule.linear}
+        hooks = [
+            self._graph.calls[i].node.register_prehook(_keeper(self._kept, i)) for i in sources
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.collected = True
+
+    def of(self, i: int) -> Tensors | None:
+        """Those of call i: kept, or pulled back through the light operations that follow it."""
+        if self._rules[i].linear:
+            return None
+        chain = [i]
+        while chain[-1] in self._followers and chain[-1] not in self._recent:
+            chain.append(self._followers[chain[-1]][0])
+        last = chain.pop()
+        cotangents = self._recent.get(last) or self._kept.get(last)
+        if cotangents is None:
+            return None
+        # The calls on the way are asked for theirs next.
+        self._recent = {last: cotangents}
+        for j in reversed(chain):
+            after, place = self._followers[j]
+            cotangents = (self._graph.calls[after].pull(*cotangents)[place],)
+            self._recent[j] = cotangents
+        return cotangents
+
+    def rest(self) -> None:
+        """Drop what was found for the pass that has ended."""
+        self._recent.clear()
+
+    def _source(self, i: int) -> int:
+        """The call whose cotangents tell those of call i."""
+        while i in self._followers:
+            i, _ = self._followers[i]
+        return i
+
+
+def _followers(graph: Graph, rules: Sequence[Rule]) -> dict[int, tuple[int, int]]:
+    """For calls used only by a light operation: that one, and the place among its inputs."""
+    uses, followers = graph.uses(), {}
+    made = {call.node: i for i, call in enumerate(graph.calls)}
+    for j, (call, rule) in enumerate(zip(graph.calls, rules, strict=True)):
+        for place, edge in enumerate(call.inputs):
+            if rule.light and edge is not None and edge[0] in made:
+                i = made[edge[0]]
+                alone = uses[edge] == 1 and edge != graph.root
+                if alone and len(graph.calls[i].outputs) == 1:
+                    followers[i] = j, place
+    return followers
+
+
+def _keeper(store: dict[int, Tensors], i: int) -> Callable[[Tensors], None]:
+    def keep(cotangents: Tensors) -> None:
+        store[i] = cotangents
+
+    return keep

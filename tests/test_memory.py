@@ -1,0 +1,145 @@
+"""The low-memory tape: what it frees, when, and what it says afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from agreement import fast_only
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from curvature import Tape, allocation, saved
+from curvature.sweep import Sweep
+
+
+def layers() -> nn.Module:
+    parts: list[nn.Module] = []
+    for _ in range(4):
+        parts += [nn.Linear(6, 6), nn.Tanh()]
+    return nn.Sequential(*parts)
+
+
+def record(net: nn.Module, **options: Any) -> tuple[Tape, list[Tensor]]:
+    torch.manual_seed(0)
+    params = list(net.parameters())
+    with Tape(**options) as tape:
+        losses = net(torch.randn(3, 6)).square().mean(1)
+    return tape, list(tape.backward(losses, params))
+
+
+@fast_only
+def test_it_frees_what_it_has_used_and_then_says_so() -> None:
+    net = layers()
+    tape, g = record(net, low_memory=True)
+    expected = record(net)[0].directional(g).curvature
+    torch.testing.assert_close(tape.directional(g).curvature, expected)
+    with pytest.raises(RuntimeError, match=r"record the loss again, or use Tape\(\) for several"):
+        tape.directional(g)
+
+
+def test_a_direction_that_does_not_fit_frees_nothing() -> None:
+    tape, g = record(layers(), low_memory=True)
+    with pytest.raises(ValueError, match="missing"):
+        tape.directional(g[:-1])
+    assert tape.directional(g).curvature.isfinite()
+
+
+@fast_only
+def test_saved_tensors_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+    free = saved.Saved.free
+
+    def counting(self: saved.Saved, node: Any) -> None:
+        free(self, node)
+        left.append(len(self.addresses()))
+
+    monkeypatch.setattr(saved.Saved, "free", counting)
+    tape, g = record(layers(), low_memory=True)
+    tape.directional(g)
+    assert left == sorted(left, reverse=True)
+    assert left[0] > 4
+    assert left[-1] == 0
+
+
+def test_writing_to_a_saved_tensor_is_refused_as_by_autograd() -> None:
+    w = torch.ones(3, requires_grad=True)
+    for low_memory in (False, True):
+        with Tape(low_memory=low_memory) as tape:
+            y = w.exp()
+            loss = y.sum()
+        with torch.no_grad():
+            y += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            tape.backward(loss, [w])
+
+
+class Library:
+    """Stands for the C library."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def mallopt(self, parameter: int, value: int) -> None:
+        self.calls.append((parameter, value))
+
+
+def test_thresholds_are_set_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library()
+    monkeypatch.setattr(allocation, "_glibc", lambda: library)
+    with pytest.raises(ZeroDivisionError), Tape(low_memory=True):
+        raise ZeroDivisionError
+    assert library.calls == [(-3, 2**20), (-3, 2**25)]
+
+
+def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert allocation._glibc.__wrapped__() is None
+
+
+@fast_only
+def test_products_that_autograd_does_not_hold_are_not_kept() -> None:
+    # ReLU holds its result, not what the convolution gave; batch norm holds that.
+    for after, kept in ((nn.BatchNorm2d(64), 1), (nn.ReLU(), 0)):
+        net = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), after)
+        x = torch.randn(4, 64, 32, 32, requires_grad=True)
+        for low_memory in (False, True):
+            with Tape(low_memory=low_memory) as tape:
+                loss = F.softplus(net(x)).mean()
+            tape.backward(loss, [x, *net.parameters()])
+            assert tape._forward is not None
+            assert len(tape._forward.products) == (kept if low_memory else 1)
+
+
+@fast_only
+def test_a_cotangent_that_a_light_operation_tells_is_not_kept() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6), nn.LayerNorm(6))
+    with Tape() as tape:
+        loss = net(torch.randn(2, 3, 6)).pow(3).sum()
+    tape.backward(loss, list(net.parameters()))
+    assert isinstance(tape._engine, Sweep)
+    graph, cotangents = tape._engine._graph, tape._engine.cotangents
+    kept = [graph.calls[i].name for i in sorted(cotangents._kept)]
+    assert kept == ["ViewBackward0", "NativeLayerNormBackward0", "PowBackward0"]
+    bending = [i for i, rule in enumerate(tape._engine._rules) if not rule.linear]
+    for i in bending:
+        found = cotangents.of(i)
+        assert found is not None
+        assert found[0].shape == graph.calls[i].shape()
+
+
+@fast_only
+def test_nothing_is_freed_before_an_operation_that_may_refuse() -> None:
+    # The absolute square of eigenvectors refuses its own double backward, the whole graph does not.
+    rows = [[0.0, 1.0, 0.0], [-1.0, 0.0, 0.5], [0.2, 0.0, 1.0]]
+    x = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+    quadratics = []
+    for options in ({"low_memory": True}, {"engine": "reference"}):
+        with Tape(**options) as tape:  # type: ignore[arg-type]
+            loss = sum(t.abs().square().sum() for t in torch.linalg.eig(x.sin()))
+        (g,) = tape.backward(loss, [x])
+        quadratics.append(tape.directional([torch.ones_like(g)]))
+    assert [q.engine for q in quadratics] == ["reference", "reference"]
+    numbers = [q.curvature for q in quadratics]
+    torch.testing.assert_close(*numbers)
