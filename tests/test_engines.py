@@ -1,5 +1,7 @@
 """Both engines against closed forms, and what they refuse."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from agreement import fast_only
@@ -311,6 +313,27 @@ def test_per_sample_refuses_what_only_the_mean_can_have(engine: str) -> None:
     torch.testing.assert_close(directional(HandWritten.apply, x, v, engine=engine).curvature, exact)
     with pytest.raises(NotTwiceDifferentiable, match="once_differentiable"):
         directional(HandWritten.apply, x, v, per_sample=True, engine=engine)
+
+
+@pytest.mark.parametrize(
+    "normalised",
+    [
+        lambda x, b: F.layer_norm(x, (5,), None, b),
+        lambda x, b: torch.layer_norm(x, (5,), bias=b),
+        lambda x, b: F.batch_norm(x, None, None, bias=b, training=True),
+        lambda x, b: F.instance_norm(x, bias=b),
+    ],
+    ids=["layer", "layer by keyword", "batch", "instance"],
+)
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_a_bias_without_a_weight(normalised: Callable[..., torch.Tensor], engine: str) -> None:
+    # PyTorch's own second derivative is wrong there without an error.
+    x, b, v = torch.randn(3, 5, 5).double(), torch.randn(5).double(), torch.randn(5).double()
+
+    def loss(b: torch.Tensor) -> torch.Tensor:
+        return (normalised(x, b) ** 3).sum()
+
+    curvature.testing.check_directional(loss, b, v, engine=engine)
 
 
 def fused_weight_norm(x: torch.Tensor) -> torch.Tensor:
