@@ -130,7 +130,7 @@ def numbers(function: Function, params: list[Tensor], v: list[Tensor], engine: s
     leaves = [p.clone().requires_grad_() for p in params]
     try:
         values = []
-        for low_memory in (False, True) if engine == "auto" else (False,):
+        for low_memory in (True, False) if engine == "auto" else (False,):
             with Tape(engine=engine, low_memory=low_memory) as tape:
                 loss = function(leaves)
             tape.backward(loss, leaves)

@@ -12,54 +12,65 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from methods import METHODS, tangent
+from libraries import METHODS as LIBRARIES
+from methods import METHODS as OWN
+from methods import tangent
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS, Workload, build
 
 from curvature import Tape
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+METHODS = {**OWN, **LIBRARIES}
+NO_CURVATURE = ("gradient", "JAX: gradient alone")
 THREADS = 2
 QUICK = ("MLP", "LeNet")
 MEASURED = ("gradient", "tangent pass", "low memory", "hvp", "reverse over reverse")  # in memory
 
 
 def times(model: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every method, interleaved; a method that raises is left out."""
-    torch.manual_seed(0)
-    work = WORKLOADS[model]()
+    """Seconds of every method, in another order each time; a method that raises is left out.
+
+    JAX comes last and by itself: its threads slow down what runs after it.
+    """
+    work = build(model)
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {}
     for name, method in METHODS.items():
         try:
             method(work)
             seconds[name] = []
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, TypeError) as error:
             print(f"{model}, {name}: {str(error).splitlines()[0]}", file=sys.stderr)
-    for _ in track(range(repeats), f"{model:9}", console=Console(stderr=True)):
-        for name, measured in seconds.items():
-            start = time.perf_counter()
-            METHODS[name](work)
-            measured.append(time.perf_counter() - start)
+    jax = [name for name in seconds if name.startswith("JAX")]
+    others = [name for name in seconds if name not in jax]
+    for names in filter(None, (others, jax)):
+        for _ in track(range(repeats), f"{model:9}", console=Console(stderr=True)):
+            for name in order.sample(names, len(names)):
+                start = time.perf_counter()
+                METHODS[name](work)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def errors(model: str, names: list[str]) -> dict[str, float]:
     """Relative error of the curvature along the float32 gradient, against float64."""
-    torch.manual_seed(0)
-    work = WORKLOADS[model]()
-    values = {name: METHODS[name](work).item() for name in names if name != "gradient"}
+    work = build(model)
+    values = {name: METHODS[name](work).item() for name in names if name not in NO_CURVATURE}
     with Tape() as tape:
         loss = work.loss()
     g = tape.backward(loss, list(work.params.values()))
@@ -79,8 +90,7 @@ def peak(model: str, method: str) -> int:
 
 
 def print_peak(model: str, method: str) -> None:
-    torch.manual_seed(0)
-    work = WORKLOADS[model]()
+    work = build(model)
     tiny = Workload(torch.nn.Linear(2, 10), torch.randn(4, 2), torch.zeros(4, dtype=torch.long))
     tangent(tiny)  # what libraries allocate once
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM starts anew
@@ -97,6 +107,7 @@ def _kilobytes(name: str) -> int:
 
 
 def environment() -> dict[str, str | int]:
+    libraries = ("curvlinops-for-pytorch", "PyHessian", "backpack-for-pytorch", "jax")
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -104,7 +115,15 @@ def environment() -> dict[str, str | int]:
         "system": platform.system(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        **{name: version(name) for name in libraries if _installed(name)},
     }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def ratio(result: dict[str, dict[str, list[float]]], model: str, name: str) -> float:
@@ -155,7 +174,7 @@ def main() -> None:
     for title, entry in (
         ("time, in gradients", lambda m, n: f"{ratio(seconds, m, n):.2f}"),
         ("peak memory, in gradients", lambda m, n: f"{memory[m][n] / memory[m]['gradient']:.2f}"),
-        ("relative error", lambda m, n: "" if n == "gradient" else f"{wrong[m][n]:.0e}"),
+        ("relative error", lambda m, n: f"{wrong[m][n]:.0e}" if n in wrong[m] else ""),
     ):
         if title.startswith("peak") and not memory:
             continue

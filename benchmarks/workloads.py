@@ -17,6 +17,7 @@ class Workload:
     model: nn.Module
     inputs: Tensor
     targets: Tensor
+    name: str = ""
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -38,7 +39,7 @@ class Workload:
 
     def double(self) -> Workload:
         inputs = self.inputs.double() if self.inputs.is_floating_point() else self.inputs
-        return Workload(self.model.double(), inputs, self.targets)
+        return Workload(self.model.double(), inputs, self.targets, self.name)
 
 
 def _classification(model: nn.Module, *shape: int) -> Workload:
@@ -192,3 +193,11 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "GPT": gpt,
     "LSTM": lstm,
 }
+
+
+def build(name: str) -> Workload:
+    """The workload of that name, its random numbers always the same."""
+    torch.manual_seed(0)
+    work = WORKLOADS[name]()
+    work.name = name
+    return work
