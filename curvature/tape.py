@@ -154,7 +154,7 @@ class Tape:
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
         """Value, slope <g, v> and curvature v^T H v along ``direction``.
 
-        Algorithm 2 of *Adaptive scaling of the learning rate*, computed by double backward.
+        By Algorithm 2 of *Adaptive scaling of the learning rate*: one tangent pass.
 
         Args:
             direction: pytree like params, or a list of tensors in params' order; not normalised.

@@ -7,8 +7,8 @@ import platform
 import torch
 from torch import Tensor
 
-# PyTorch multiplies single-precision matrices by MKL, and convolves by oneDNN, which takes half
-# the time on AMD's processors (docs/matmul.md has figures) and is on a par elsewhere.
+# PyTorch multiplies single-precision matrices by MKL, and convolves by oneDNN, which takes less
+# than half the time on an AMD EPYC (docs/matmul.md).
 _ONEDNN = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
