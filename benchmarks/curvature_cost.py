@@ -3,7 +3,8 @@
     python benchmarks/curvature_cost.py [--quick] [--out DIR] [--models MLP GPT ...]
 
 Time is the ratio to the same model's plain gradient, the median over interleaved repeats; it
-contains the gradient. Peak memory is the growth of the process in a fresh one, likewise as ratio.
+contains the gradient. Peak memory is the growth of a fresh process, likewise as ratio, the median
+of three.
 The error is relative to float64. Writes raw numbers and the environment as JSON, and a plot.
 """
 
@@ -83,10 +84,10 @@ def errors(model: str, names: list[str]) -> dict[str, float]:
 
 
 def peak(model: str, method: str) -> int:
-    """Bytes by which a fresh process grows at most while it runs a method."""
+    """Bytes by which a fresh process grows at most while it runs a method, the median of three."""
     command = [sys.executable, __file__, "--peak", model, method]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(result.stdout)
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    return statistics.median(int(run.stdout) for run in runs)
 
 
 def print_peak(model: str, method: str) -> None:
