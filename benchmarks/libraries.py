@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from methods import inner
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from workloads import Workload
@@ -44,7 +45,7 @@ def curvlinops(work: Workload) -> Tensor:
             num_data=len(work.targets.flatten()),
             batch_size_fn=lambda _: len(work.targets.flatten()),
         )
-        return _inner(H @ g, g)
+        return inner(H @ g, g)
 
 
 def pyhessian(work: Workload) -> Tensor:
@@ -56,7 +57,7 @@ def pyhessian(work: Workload) -> Tensor:
         batch = (work.inputs, work.targets.flatten())
         made = hessian(_Rows(work.model), nn.CrossEntropyLoss(), data=batch, cuda=False)
         g = [x.detach() for x in made.gradsH]
-        value = _inner(hessian_vector_product(made.gradsH, made.params, g), g)
+        value = inner(hessian_vector_product(made.gradsH, made.params, g), g)
     # It leaves gradients whose graph holds the parameters that hold them.
     work.model.zero_grad()
     work.model.train(training)
@@ -71,7 +72,7 @@ def backpack(work: Workload) -> Tensor:
         loss = work.loss()
         g = torch.autograd.grad(loss, params, create_graph=True)
         v = [x.detach() for x in g]
-        return _inner(hessian_vector_product(loss, params, v, grad_params=g), v)
+        return inner(hessian_vector_product(loss, params, v, grad_params=g), v)
 
 
 def _jax_mlp(params: dict[str, Any], x: Any) -> Any:
@@ -159,17 +160,17 @@ def _jax_functions(name: str) -> tuple[Any, Any, Any]:
         logits = jax.nn.log_softmax(model(params, x).reshape(y.size, -1))
         return -jnp.take_along_axis(logits, y.reshape(-1, 1), 1).mean()
 
-    def inner(a: Any, b: Any) -> Any:
+    def dot(a: Any, b: Any) -> Any:
         return sum(jnp.vdot(a[k], b[k]) for k in a)
 
     def gradient(params: Any, x: Any, y: Any) -> Any:
         g = jax.grad(loss)(params, x, y)
-        return inner(g, g)
+        return dot(g, g)
 
     def jvp_of_grad(params: Any, x: Any, y: Any) -> Any:
         g = jax.grad(loss)(params, x, y)
         _, h = jax.jvp(lambda p: jax.grad(loss)(p, x, y), (params,), (g,))
-        return inner(h, g)
+        return dot(h, g)
 
     def by_jet(params: Any, x: Any, y: Any) -> Any:
         g = jax.grad(loss)(params, x, y)
@@ -190,10 +191,6 @@ def _jax(which: int) -> Callable[[Workload], Tensor]:
         return torch.tensor(float(_jax_functions(work.name)[which](params, x, y)))
 
     return method
-
-
-def _inner(left: Any, right: Any) -> Tensor:
-    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
 
 
 _ALL: dict[str, tuple[str, Callable[[Workload], Tensor]]] = {

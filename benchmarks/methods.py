@@ -14,7 +14,7 @@ from curvature import Tape
 
 def gradient(work: Workload) -> Tensor:
     """The yardstick: an ordinary forward and backward pass; gives the slope <g, g>."""
-    return _inner(*[torch.autograd.grad(work.loss(), list(work.params.values()))] * 2)
+    return inner(*[torch.autograd.grad(work.loss(), list(work.params.values()))] * 2)
 
 
 def tangent(work: Workload) -> Tensor:
@@ -51,7 +51,7 @@ def product(work: Workload) -> Tensor:
     with Tape() as tape:
         loss = work.loss()
     g = tape.backward(loss, params)
-    return _inner(g, tape.hvp(g))
+    return inner(g, tape.hvp(g))
 
 
 def reverse_over_reverse(work: Workload) -> Tensor:
@@ -60,14 +60,14 @@ def reverse_over_reverse(work: Workload) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         g = torch.autograd.grad(work.loss(), params, create_graph=True)
         v = [x.detach() for x in g]
-        return _inner(torch.autograd.grad(_inner(g, v), params), v)
+        return inner(torch.autograd.grad(inner(g, v), params), v)
 
 
 def jvp_of_grad(work: Workload) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         v = torch.func.grad(work.loss)(work.params)
         _, h = torch.func.jvp(torch.func.grad(work.loss), (work.params,), (v,))
-        return _inner(list(h.values()), list(v.values()))
+        return inner(list(h.values()), list(v.values()))
 
 
 def jvp_of_jvp(work: Workload) -> Tensor:
@@ -81,7 +81,7 @@ def jvp_of_jvp(work: Workload) -> Tensor:
         return torch.func.jvp(along, (work.params,), (v,))[1]
 
 
-def _inner(left: object, right: object) -> Tensor:
+def inner(left: object, right: object) -> Tensor:
     pairs = zip(left, right, strict=True)  # type: ignore[call-overload]
     return torch.stack([(a * b).sum() for a, b in pairs]).sum()
 

@@ -49,22 +49,20 @@ class Forward:
     """Notes of one forward pass.
 
     Args:
-        keep_products: keep the results of products of two tensors that both have a graph.
         freeing: let what autograd saves be freed.
 
     Attributes:
         saved: what autograd saved, if that can be freed.
         origins: where operations came from.
-        products: the results of products, by their nodes.
+        products: the results of products of two tensors that both have a graph, by their nodes.
         hooks_interfere: whether a hook, put on a tensor in the forward pass, changed a cotangent.
     """
 
-    def __init__(self, *, keep_products: bool, freeing: bool = False) -> None:
+    def __init__(self, *, freeing: bool) -> None:
         self.origins = Origins()
         self.saved = Saved() if freeing else None
         self.products: dict[Node, Product] = {}
         self.hooks_interfere = False
-        self._keep_products = keep_products
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -87,7 +85,7 @@ class Forward:
         self.origins.call(func)
         result = func(*args, **kwargs)
         self.origins.returned()
-        if self._keep_products and (func in _LAYERS or func in _PRODUCTS) and len(args) >= 2:
+        if (func in _LAYERS or func in _PRODUCTS) and len(args) >= 2:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             left, right = args[:2]
             length = left.shape[-1] if func in _PRODUCTS else right[0].numel()
@@ -99,9 +97,7 @@ class Forward:
         """Where memory counts: those that autograd does not hold anyway."""
         if self.saved is not None:
             held = self.saved.addresses()
-            kept = {n: p for n, p in self.products.items() if p.address() in held}
-            self.products.clear()
-            self.products.update(kept)
+            self.products = {n: p for n, p in self.products.items() if p.address() in held}
 
     def _keep(self, left: Tensor, right: Tensor, bias: Tensor | None, result: Tensor) -> None:
         if not (left.requires_grad and right.requires_grad) or result.grad_fn is None:

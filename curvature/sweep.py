@@ -215,9 +215,9 @@ class Sweep:
             i, dots, kept = moving.pop()
             call, rule = self._graph.calls[i], self._rules[i]
             turned = tuple(cots.get(edge) for edge in call.outputs)
-            moved = turned if any(t is not None for t in turned) else None
+            cotangents = self.cotangents.of(i) or (None,) * len(turned)
             with self._located(call):
-                changes = rule.turn(call, dots, self.cotangents.of(i), moved, kept)
+                changes = rule.turn(call, dots, cotangents, turned, kept)
             for done in call.outputs:
                 if done not in leaves:
                     cots.pop(done, None)

@@ -82,7 +82,7 @@ class Tape:
         if tangent_dtype is not None and not tangent_dtype.is_floating_point:
             raise TypeError(f"tangent_dtype is {tangent_dtype}; it must be real and floating-point")
         fast = engine == "auto" and Sweep.available()
-        self._forward = Forward(keep_products=True, freeing=low_memory) if fast else None
+        self._forward = Forward(freeing=low_memory) if fast else None
         # No rule serves the fused attention kernels of CUDA.
         plain = not fast or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._variants = twice_differentiable if plain else nullcontext

@@ -443,7 +443,7 @@ def test_rule(name: str, data: st.DataObject, seed: int) -> None:
 def test_entries_are_served_some_rows_at_a_time(
     function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "_BLOCK", 6)
+    monkeypatch.setattr(table, "IN_CACHE", 6)
     x, v = torch.randn(2, 5, 2, 2, dtype=F64)
     check_agreement(lambda x: function(x.sin()).square().sum((1, 2)), x, v)
 

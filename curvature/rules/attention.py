@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.rule import Rule, real_dot
+from curvature.rules.rule import IN_CACHE, Rule, real_dot
 from curvature.rules.table import register
 
-_BLOCK = 2**18  # entries of S at a time, so that the temporaries stay in the cache
 _ROWS = 64  # of S at a time, where not all are needed or they are too many
 _KEPT = 4  # times as many keys as features: up to there P is no larger than what autograd saved
 
@@ -161,16 +160,16 @@ class _Attention(Rule):
         self,
         call: Call,
         dots: Tensors,
-        cotangents: Tensors | None,
-        turned: Tensors | None,
+        cotangents: Tensors,
+        turned: Tensors,
         kept: Any,
     ) -> Tensors:
         """The backward pass is V^ = P^T O^, S^ = P (R - D), Q^ = scale S^ K, K^ = scale S^T^ Q.
 
         With M = R' + c (R - D) the cotangent of S moves by S^' = P (M - E_P M).
         """
-        change = None if turned is None else turned[0]
-        if cotangents is None or cotangents[0] is None:
+        change = turned[0]
+        if cotangents[0] is None:
             return (None,) * len(dots) if change is None else call.pull(change)
         to_q, to_k, to_v = (torch.zeros_like(x) for x in (call.query, call.key, call.value))
         for block in _blocks(call, dots, kept or ()):
@@ -197,8 +196,8 @@ def _blocks(
     known = iter(known)
     samples, heads, rows = call.query.shape[:3]
     size = heads * rows * call.key.shape[-2]
-    height = _ROWS if call.is_causal or size > _BLOCK else rows
-    step = max(1, _BLOCK * rows // (size * height))
+    height = _ROWS if call.is_causal or size > IN_CACHE else rows
+    step = max(1, IN_CACHE * rows // (size * height))
     for start in range(0, samples, step):
         yield from _Heads(call, slice(start, start + step), dots).blocks(height, known)
 

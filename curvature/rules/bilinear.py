@@ -159,13 +159,12 @@ class Bilinear(Rule):
         self,
         call: Call,
         dots: Tensors,
-        cotangents: Tensors | None,
-        turned: Tensors | None,
+        cotangents: Tensors,
+        turned: Tensors,
         kept: None,
     ) -> Tensors:
         a, b, _ = self._split(dots)
-        y = None if cotangents is None else cotangents[0]
-        change = None if turned is None else turned[0]
+        (y,), (change,) = cotangents, turned
         to: list[Tensor | None] = [None] * len(dots)
         left, right = self._inputs
         for place, saved, other, transposed in (

@@ -79,8 +79,8 @@ class _Normalisation(Rule):
         self,
         call: Call,
         dots: Tensors,
-        cotangents: Tensors | None,
-        turned: Tensors | None,
+        cotangents: Tensors,
+        turned: Tensors,
         kept: Any,
     ) -> Tensors:
         """With g = y^ w the backward pass is x^ = project(g), w^ = sum(y^ z), b^ = sum(y^).
@@ -89,9 +89,7 @@ class _Normalisation(Rule):
         """
         n, (moved, along) = self._statistics(call), kept
         _, w, _ = _as(n, dots)
-        y = None if cotangents is None else cotangents[0]
-        change = None if turned is None else turned[0]
-        y, change = (None if t is None else _laid(n, t) for t in (y, change))
+        y, change = (None if t is None else _laid(n, t) for t in (cotangents[0], turned[0]))
         g = None if change is None else n.weighted(change)
         to_weight = None if change is None else n.over_weight(change, n.z)
         back = None

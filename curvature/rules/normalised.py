@@ -39,17 +39,17 @@ class Normalised(ABC):
     def project(self, t: Tensor) -> Tensor:
         """(t - mean(t) - z mean(z t)) / s, the Jacobian of z, which is symmetric."""
 
-    @abstractmethod
     def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z' and s' = mean(z x')."""
+        return self.project(x), self.mean(self.z, x)
 
     @abstractmethod
     def mean(self, a: Tensor, b: Tensor) -> Tensor:
         """The mean of a b over what is normalised."""
 
-    @abstractmethod
     def rest(self) -> Tensor:
         """1 - mean(z²), which is not zero for the eps in s."""
+        return 1 - self.mean(self.z, self.z)
 
     @abstractmethod
     def sums(self, a: Tensor, b: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -115,14 +115,8 @@ class LayerNormalised(Normalised):
             t, self._x, self._shape, self._average, self.rstd, None, None, (True, False, False)
         )[0]
 
-    def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.project(x), self.mean(self.z, x)
-
     def mean(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mul(a, b, out=self._buffer).mean(self._dims, True)
-
-    def rest(self) -> Tensor:
-        return 1 - self.mean(self.z, self.z)
 
     def sums(self, a: Tensor, b: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
         t = torch.mul(a, b, out=self._buffer)
@@ -227,14 +221,8 @@ class GroupNormalised(Normalised):
             (True, False, False),
         )[0].view(self.shape)
 
-    def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.project(x), self.mean(self.z, x)
-
     def mean(self, a: Tensor, b: Tensor) -> Tensor:
         return (a * b).mean((2, 3), True)
-
-    def rest(self) -> Tensor:
-        return 1 - self.mean(self.z, self.z)
 
     def sums(self, a: Tensor, b: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
         t = (a * b).sum(3, True)

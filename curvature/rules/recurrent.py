@@ -236,19 +236,18 @@ class _Lstm(Rule):
         self,
         call: Call,
         dots: Tensors,
-        cotangents: Tensors | None,
-        turned: Tensors | None,
+        cotangents: Tensors,
+        turned: Tensors,
         kept: Any,
     ) -> Tensors:
         """The derivative of the recurrence of cotangents is the same with what bends added."""
         layer, moved = kept
         x, w, u, *_ = dots
         x = None if x is None else layer.rows(x)
-        none = (None, None, None)
-        back = layer.pull(*layer.arriving(cotangents or none))
+        back = layer.pull(*layer.arriving(cotangents))
         i, f, g, o = moved.s.unbind(2)
         c, tau = moved.c[1:], layer.tanh_slope
-        h_change, c_change = layer.arriving(turned or none)
+        h_change, c_change = layer.arriving(turned)
         if u is not None:
             h_change[:-1] += (back.rows @ u).view_as(moved.h[1:])[1:]
         c_change[:-1] += f[1:] * back.c[1:]
@@ -260,20 +259,22 @@ class _Lstm(Rule):
         change = layer.pull(h_change, c_change, added)
         # Where the state before the first step is an input, so is its cotangent an output.
         first, first_change = (t.rows[: layer.batch] for t in (back, change))
-        to_h = matmul(first_change, layer.u)
-        to_h = to_h if u is None else matmul(first, u, to_h)
+        to_h = _turned(first_change, layer.u, first, u)
         to_c = layer.s[0, :, 1] * change.c[0] + f[0] * back.c[0]
-        to_x = matmul(change.rows, layer.w)
-        to_x = to_x if w is None else matmul(back.rows, w, to_x)
-        to_w = matmul(change.rows.t(), layer.x)
-        to_w = to_w if x is None else matmul(back.rows.t(), x, to_w)
-        to_u = matmul(change.rows.t(), layer.h_before)
-        to_u = matmul(back.rows.t(), moved.h_before, to_u)
+        to_x = _turned(change.rows, layer.w, back.rows, w)
+        to_w = _turned(change.rows.t(), layer.x, back.rows.t(), x)
+        to_u = _turned(change.rows.t(), layer.h_before, back.rows.t(), moved.h_before)
         to_b = change.rows.sum(0)
         to_x = layer.along_time(to_x.view(layer.steps, layer.batch, -1))
         shapes = (call.input, call.weight0, call.weight1, to_b, to_b, call.hx_, call.cx_)
         parts = (to_x, to_w, to_u, to_b, to_b, to_h, to_c)
         return tuple(part.view_as(like) for part, like in zip(parts, shapes, strict=True))
+
+
+def _turned(change: Tensor, factor: Tensor, cotangent: Tensor, moved: Tensor | None) -> Tensor:
+    """How the cotangent times the factor changes, if either moves."""
+    product = matmul(change, factor)
+    return product if moved is None else matmul(cotangent, moved, product)
 
 
 register("MkldnnRnnLayerBackward0", _Lstm())

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from curvature.graph import Call, Tensors
 
+IN_CACHE = 2**18  # entries at a time, with which temporaries stay in the cache
+
 
 class Rule(ABC):
     """How one operation carries tangents, to second order.
@@ -65,22 +67,23 @@ class Rule(ABC):
         self,
         call: Call,
         dots: Tensors,
-        cotangents: Tensors | None,
-        turned: Tensors | None,
+        cotangents: Tensors,
+        turned: Tensors,
         kept: Any,
     ) -> Tensors:
         """How J^T yhat changes along xdot: J^T yhatdot + D²F(xdot, .)^T yhat.
 
         Args:
-            cotangents: yhat, or None where an operation that is linear has none.
-            turned: yhatdot, or None where no output's cotangent moves.
+            cotangents: yhat; an operation that is linear has none.
+            turned: yhatdot.
             kept: what :meth:`ahead` gave.
         """
-        pulled = None if turned is None else call.pull(*turned)
-        if cotangents is None or self.linear:
-            return pulled or (None,) * len(dots)
-        crossed = self.cross(call, dots, cotangents)
-        return crossed if pulled is None else tuple(map(add, pulled, crossed))
+        change: Tensors = (None,) * len(dots)
+        if any(t is not None for t in turned):
+            change = call.pull(*turned)
+        if any(t is not None for t in cotangents):
+            change = tuple(map(add, change, self.cross(call, dots, cotangents)))
+        return change
 
     def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
         """D²F(xdot, .)^T yhat: half the gradient of <yhat, D²F[xdot, xdot]> in xdot."""

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.rule import Rule, add
+from curvature.rules.rule import IN_CACHE, Rule, add
 from curvature.rules.table import register
-
-_BLOCK = 2**18  # entries at a time, so that the temporaries stay in the cache
 
 
 class _LogSoftmax(Rule):
@@ -56,18 +54,18 @@ class _LogSoftmax(Rule):
         self,
         call: Call,
         dots: Tensors,
-        cotangents: Tensors | None,
-        turned: Tensors | None,
+        cotangents: Tensors,
+        turned: Tensors,
         kept: None,
     ) -> Tensors:
         """The backward pass is x^ = y^ - p sum y^."""
         back, dim = _like_output(call), call.dim
         for rows, p in _blocks(call):
             moved = torch.zeros_like(p)
-            if cotangents is not None and cotangents[0] is not None:
+            if cotangents[0] is not None:
                 moved = _centred(p, _at(call, dots[0])[rows], dim)
                 moved *= _at(call, cotangents[0])[rows].sum(dim, True)
-            if turned is None or turned[0] is None:
+            if turned[0] is None:
                 back[rows] = p.mul_(moved).neg_()
             else:
                 change = _at(call, turned[0])[rows]
@@ -86,7 +84,7 @@ def _blocks(call: Call) -> Iterator[tuple[slice, Tensor]]:
     y = _at(call, call.result)
     if y.numel() == 0:
         return
-    step = len(y) if call.dim % y.ndim == 0 else max(1, _BLOCK // y[:1].numel())
+    step = len(y) if call.dim % y.ndim == 0 else max(1, IN_CACHE // y[:1].numel())
     for start in range(0, len(y), step):
         rows = slice(start, start + step)
         yield rows, y[rows].exp()
@@ -128,13 +126,12 @@ class _Softmax(Rule):
         self,
         call: Call,
         dots: Tensors,
-        cotangents: Tensors | None,
-        turned: Tensors | None,
+        cotangents: Tensors,
+        turned: Tensors,
         kept: Tensor,
     ) -> Tensors:
         """The backward pass is x^ = p (p^ - E_p p^)."""
-        y = None if cotangents is None else cotangents[0]
-        change = None if turned is None else turned[0]
+        (y,), (change,) = cotangents, turned
         if y is not None:
             centred = y - (call.result * y).sum(call.dim, True)
             change = add(change, centred.mul_(kept))

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.rule import Rule, real_dot
+from curvature.rules.rule import IN_CACHE, Rule, real_dot
 
 Rows = slice | EllipsisType
-
-_BLOCK = 2**18  # entries at a time, so that the temporaries stay in the cache
 
 
 class Linear(Rule):
@@ -79,13 +77,13 @@ class Elementwise(Rule):
         self,
         call: Call,
         dots: Tensors,
-        cotangents: Tensors | None,
-        turned: Tensors | None,
+        cotangents: Tensors,
+        turned: Tensors,
         kept: Tensors,
     ) -> Tensors:
         (x,), (y,) = dots, kept
-        change = None if turned is None else call.pull(*turned)[0]
-        cotangent = None if cotangents is None else cotangents[0]
+        change = None if turned[0] is None else call.pull(*turned)[0]
+        (cotangent,) = cotangents
         if self._bend is None or cotangent is None or x is None or y is None:
             return (change,)
         change = torch.zeros_like(y) if change is None else change
@@ -95,10 +93,10 @@ class Elementwise(Rule):
 
     def _bends(self, call: Call, x: Tensor, y: Tensor) -> Iterator[tuple[Rows, Tensor]]:
         assert self._bend is not None
-        if y.numel() <= _BLOCK:
+        if y.numel() <= IN_CACHE:
             yield ..., self._bend(call, x, y)
             return
-        step = max(1, _BLOCK // y[:1].numel())
+        step = max(1, IN_CACHE // y[:1].numel())
         for start in range(0, len(y), step):
             rows = slice(start, start + step)
             yield rows, self._bend(_Part(call, rows), x[rows], y[rows])  # type: ignore[arg-type]
