@@ -311,6 +311,23 @@ def test_products_whose_factors_do_not_move(still: str, monkeypatch: pytest.Monk
         torch.testing.assert_close(fast.slope, exact.slope, rtol=1e-9, atol=0)
 
 
+def test_a_direction_far_below_its_parameter_does_not_overflow_in_single_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forward, "_LEAST_WORK", 0)
+    monkeypatch.setattr(forward, "_LEAST_LENGTH", 0)
+    torch.manual_seed(0)
+    x, a = torch.randn(2, 6, 3)
+    w, b = 1e10 * torch.randn(3, 3), 1e-12 * torch.randn(3, 3)
+
+    def losses(factors: tuple[Tensor, Tensor]) -> Tensor:
+        return (factors[0] @ factors[1]).square().sum(1)
+
+    fast = directional(losses, (x, w), (a, b))
+    exact = directional(losses, (x, w), (a, b), engine="reference")
+    torch.testing.assert_close(fast.curvature, exact.curvature, rtol=1e-5, atol=0)
+
+
 def test_dropout_keeps_its_mask_and_the_batch_may_change() -> None:
     model = nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5), nn.Tanh(), nn.Linear(50, 1)).to(F64)
     params = dict(model.named_parameters())

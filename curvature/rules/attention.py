@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
+from curvature.rules.precision import multiply
 from curvature.rules.rule import IN_CACHE, Rule, real_dot
 from curvature.rules.table import register
 
@@ -77,7 +78,7 @@ class _Rows:
         elif heads.mask is not None:
             S += heads.mask[:, self.rows]
         P = torch.softmax(S, -1)
-        S1 = self.q_Q @ self.K_k.mT
+        S1 = multiply(self.q_Q, self.K_k.mT)
         return P, S1.sub_((P * S1).sum(-1, True))
 
     def of(self, x: Tensor) -> Tensor:
@@ -90,17 +91,17 @@ class _Rows:
 
     def moved(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """O' = P' V + P V', and P' V'; takes the memory of c."""
-        out, mixed = (c.mul_(self.P) @ self.V_v).chunk(2, -1)
-        return torch.baddbmm(out, self.P, self.v), mixed
+        out, mixed = multiply(c.mul_(self.P), self.V_v).chunk(2, -1)
+        return multiply(self.P, self.v, out.contiguous()), mixed
 
     def bent(self) -> Tensor:
         """W = P (c² + S''), for Q'' = K'' = 0."""
-        return (self.q @ self.k.mT).mul_(2).addcmul_(self.c, self.c).mul_(self.P)
+        return multiply(self.q, self.k.mT).mul_(2).addcmul_(self.c, self.c).mul_(self.P)
 
     def back(self, cotangent: Tensor) -> Tensor:
         """R - D with R = O^ V^T and D = E_P R = sum O^ O."""
         D = (cotangent * self.of(self.heads.call.output)).sum(-1, True)
-        return torch.baddbmm(D.expand_as(self.P), cotangent, self.V.mT, beta=-1)
+        return multiply(cotangent, self.V.mT).sub_(D)
 
 
 class _Attention(Rule):

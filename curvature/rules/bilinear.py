@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -96,21 +97,22 @@ class Bilinear(Rule):
         """One product instead of two for B(a, B) + B(A, b), where y = B(A, B) + bias is known.
 
         B(A + t a, B + t b) = B(A, B) + t (B(A, b) + B(a, B)) + t² B(a, b), as in Karatsuba's
-        product. With t² = ‖A‖ ‖B‖ / (‖a‖ ‖b‖) the rounding of the difference is at most that of
-        the two products, since the geometric mean of their sizes is at most the larger.
+        product. With t = ‖B‖ / ‖b‖ the rounding of the difference is that of the two products,
+        since B(A, B) / t is then of the size of B(A, b), and t B(a, b) of B(a, B); with
+        t = ‖A‖ / ‖a‖ likewise.
         """
         A, B = getattr(call, self._left), getattr(call, self._right)
         y = y.reshape(call.shape())
-        t = _balance([A, B], [a, b])
+        t = _balance((A, a), (B, b))
         rest = None
         if self._added is not None:
             still = None if bias is None else self._added(call, bias) / t
             rest = add(still, None if c is None else self._added(call, c))
 
         half = self._rounded(call, a, b)
-        out = self._rounded(call, torch.addcmul(A, a, t), torch.addcmul(B, b, t))
-        out.sub_(y).addcmul_(half, t * t, value=-1)
-        out = out.div_(t) if rest is None else torch.addcmul(rest, out, 1 / t, out=out)
+        out = self._rounded(call, torch.add(A, a, alpha=t), torch.add(B, b, alpha=t))
+        out.sub_(y).sub_(half, alpha=t * t)
+        out = out.div_(t) if rest is None else torch.add(rest, out, alpha=1 / t, out=out)
         return out, half if cotangent is None else real_dot(cotangent, half)
 
     def _rounded(self, call: Call, a: Tensor, b: Tensor) -> Tensor:
@@ -184,12 +186,13 @@ class Bilinear(Rule):
         return call.fitted(to)
 
 
-def _balance(factors: list[Tensor], moves: list[Tensor]) -> Tensor:
-    """The power of two next to sqrt(‖A‖ ‖B‖ / (‖a‖ ‖b‖)); a tensor that is zero has no say."""
-    norms = torch.stack(torch._foreach_norm([*factors, *moves])).log2()
-    ratios = norms[:2] - norms[2:]
-    ratios = torch.where(ratios.isfinite(), ratios, ratios.flip(0))
-    return ratios.nan_to_num(0, 0, 0).mean().round().clamp(-60, 60).exp2()
+def _balance(*pairs: tuple[Tensor, Tensor]) -> float:
+    """The power of two next to ‖A‖ / ‖a‖ of the smaller pair; one that has a zero has no say."""
+    for value, move in sorted(pairs, key=lambda pair: pair[0].numel()):
+        norms = torch.stack(torch._foreach_norm([value, move])).tolist()
+        if min(norms) > 0 and math.isfinite(sum(norms)):
+            return 2.0 ** max(-60, min(60, round(math.log2(norms[0] / norms[1]))))
+    return 1.0
 
 
 def _matmul(call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
