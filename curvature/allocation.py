@@ -19,7 +19,7 @@ from typing import Any
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers mallopt's parameters
 _KEPT = 2**30  # bytes that a process may hold beyond what it uses
 _LARGE = 2**25  # bytes; the most that glibc takes from memory that it keeps
-_SMALL = 2**20  # bytes; from here on, blocks come from the system where memory counts
+_SMALL = 2**18  # bytes; from here on, blocks come from the system where memory counts
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 

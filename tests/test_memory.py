@@ -90,7 +90,7 @@ def test_thresholds_are_set_back_after_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(allocation, "_glibc", lambda: library)
     with pytest.raises(ZeroDivisionError), Tape(low_memory=True):
         raise ZeroDivisionError
-    assert library.calls == [(-3, 2**20), (-3, 2**25)]
+    assert library.calls == [(-3, 2**18), (-3, 2**25)]
 
 
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
