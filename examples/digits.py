@@ -25,9 +25,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from optim import INNAprop, Rescaled
+from optim.schedules import cooldown
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -83,9 +84,8 @@ def train(base: str, lr: float | None, epochs: int, data: tuple[Tensor, ...], ba
     scheduler: LRScheduler
     if lr is None:
         name, rate = f"Rescaled({base})", "none"
-        optimizer = Rescaled(make(network.parameters()), ell=1.0)
-        # The paper's RED: ell from 1 (exploration) to 1/2 (convergence).
-        scheduler = ExponentialLR(optimizer, 0.5 ** (1 / (epochs * batches_per_epoch)))
+        optimizer = Rescaled(make(network.parameters()))
+        scheduler = cooldown(optimizer, epochs * batches_per_epoch)
     else:
         name, rate = f"{base} {lr:g}", f"{lr:g}"
         optimizer = make(network.parameters(), lr=lr)

@@ -57,12 +57,15 @@ def proposer(base: Optimizer) -> Proposer:
         )
     if isinstance(base, Proposer):
         return base
-    for name, reason in _NOT_LINEAR.items():
-        if type(base) is getattr(torch.optim, name, None):
-            raise TypeError(f"{name} cannot be wrapped: {reason}")
+    reason = getattr(base, "not_linear", _NOT_LINEAR.get(type(base).__name__))
+    if reason is not None:
+        raise TypeError(f"{type(base).__name__} cannot be wrapped: {reason}")
     return LinearInRate(base)
 
 
+_MOST_MOMENTUM = 0.999  # 1 would remember for ever
+
+# Of torch's optimizers; others say it themselves in an attribute not_linear.
 _NOT_LINEAR = {
     "LBFGS": "it evaluates the loss several times and chooses its own step",
     "Rprop": "its lr only sets the first step sizes, which then adapt on their own",
@@ -70,6 +73,19 @@ _NOT_LINEAR = {
     "Adafactor": "it chooses its own step relative to the size of the parameters",
     "SparseAdam": "it needs sparse gradients, which have no curvature here",
 }
+
+
+def momentum(base: Optimizer) -> float:
+    """The share of the last direction in the next, as far as the base's groups name it.
+
+    The largest ``momentum``, or first of ``betas``, of its groups; 0 where there is neither.
+    """
+    shares = [0.0]
+    for group in base.param_groups:
+        if "betas" in group:
+            shares.append(float(group["betas"][0]))
+        shares.append(float(group.get("momentum", 0)))
+    return min(max(shares), _MOST_MOMENTUM)
 
 
 class LinearInRate:

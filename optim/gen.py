@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from curvature import NonFiniteLoss, fit, gradient
-from optim.record import StepRecord
-from optim.wrapper import Choice, Line, Trial, Wrapper
-
-_BAD_PROBE = "the loss at a probe is NaN or infinite; eta is halved"
+from optim.estimators import Probes
+from optim.rules import Newton
+from optim.wrapper import Wrapper
 
 
-class _Plain(torch.enable_grad):
-    """An ordinary forward and backward pass, without a record for second derivatives."""
-
-    def backward(self, losses: Tensor, params: Any) -> Any:
-        return gradient(losses, params)
-
-
-class GeN(Wrapper[_Plain]):
+class GeN(Wrapper):
     """Algorithm 1 of *Gradient descent with generalized Newton's method* (Bu, Xu), as printed.
 
     Around any optimizer whose step is ``w <- w - lr d``, the step becomes ``ell eta d``. At
@@ -76,60 +61,18 @@ class GeN(Wrapper[_Plain]):
         phi: int = 8,
         ell: float = 1.0,
     ) -> None:
-        if not eta > 0 or not math.isfinite(eta):
-            raise ValueError(f"eta is {eta}; it must be positive")
-        if not 0 <= gamma < 1:
-            raise ValueError(f"gamma is {gamma}; it must be in [0, 1)")
         if not isinstance(phi, int) or phi < 1:
             raise ValueError(f"phi is {phi}; it must be an integer of at least 1")
-        super().__init__(base, ell=ell)
-        self.eta, self.gamma, self.phi = eta, gamma, phi
+        super().__init__(
+            base,
+            estimator=Probes(),
+            rule=Newton(eta=eta, gamma=gamma),
+            ell=ell,
+            every=phi,
+            checked=0,
+        )
 
-    def _recorder(self) -> _Plain:
-        return _Plain()
-
-    def _advance(self, trial: Trial[_Plain], grads: list[Tensor | None]) -> StepRecord:
-        record = super()._advance(trial, grads)
-        if record.skipped == _BAD_PROBE:
-            self.eta /= 2
-        return record
-
-    def _choose(self, trial: Trial[_Plain], line: Line) -> Choice | str:
-        curvature = None
-        if trial.iteration % self.phi == 0 and line.squared_norm > 0:
-            try:
-                quadratic = fit(
-                    lambda values: _loss_at(trial, values),
-                    trial.params,
-                    line.direction,
-                    steps=[-self.eta, self.eta],
-                    value=line.value,
-                )
-            except NonFiniteLoss:
-                return _BAD_PROBE
-            b, curvature = quadratic.slope.item(), quadratic.curvature.item()
-            if curvature > 0 and b > 0:
-                self.eta = self.gamma * self.eta + (1 - self.gamma) * b / curvature
-        return Choice(r=self.eta, curvature=curvature)
-
-    def _own_state(self) -> dict[str, Any]:
-        own = {"eta": self.eta, "gamma": self.gamma, "phi": self.phi}
-        return {**super()._own_state(), **own}
-
-    def _load_own_state(self, state: dict[str, Any]) -> None:
-        super()._load_own_state(state)
-        self.eta, self.gamma, self.phi = state["eta"], state["gamma"], state["phi"]
-
-
-def _loss_at(trial: Trial[_Plain], values: Sequence[Tensor]) -> Tensor:
-    """The closure's loss with other values in the parameters, under the step's random numbers."""
-    own = [p.data for p in trial.params]
-    trial.random.restore()
-    try:
-        for p, value in zip(trial.params, values, strict=True):
-            p.data = value
-        with torch.no_grad():
-            return trial.closure()
-    finally:
-        for p, data in zip(trial.params, own, strict=True):
-            p.data = data
+    @property
+    def eta(self) -> float:
+        """The learning rate that the next step starts from."""
+        return float(self.rule.reach(self.rule_state) or 0.0)

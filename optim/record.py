@@ -19,11 +19,12 @@ class StepRecord:
         iteration: counts the calls of ``step``, from 1.
         value: the mean loss before the step.
         slope: <d, g>, positive if the step descends.
-        curvature: what the step was chosen from: the mean over samples of abs(d^T H_b d) for
-            Rescaled (of the batch if the loss is a scalar), the fitted A for GeN.
+        curvature: d^T H d of the mean loss, as estimated.
+        magnitude: the mean over samples of abs(d^T H_b d), or abs(curvature) where they are not
+            known one by one.
         r: the factor by which the wrapper rescales; eta for GeN.
         step: the step that was taken along d: ``ell * r``, unless a bound of the base optimizer
-            is below it; 0 if the step was skipped.
+            or a check of the loss is below it; 0 if the step was skipped.
         skipped: why the parameters did not move, or ``None``.
 
     Example:
@@ -36,6 +37,7 @@ class StepRecord:
     value: float | None = None
     slope: float | None = None
     curvature: float | None = None
+    magnitude: float | None = None
     r: float | None = None
     step: float = 0.0
     skipped: str | None = None

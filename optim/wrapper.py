@@ -4,67 +4,33 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curvature import RandomState, SideEffects
-from optim.direction import proposer
+from curvature import NonFiniteLoss, SideEffects
+from optim.direction import momentum, proposer
+from optim.estimators import Estimator
+from optim.estimators.estimator import Plain
+from optim.line import Estimate, Line
 from optim.record import Records, StepRecord
+from optim.rules import Rule
+from optim.rules.rule import State
 from optim.snapshot import Snapshot
+from optim.trial import Recorder, Trial
+
+_FIRST_REACH = 1e-3  # of a probe, relative to the parameters, before any step was taken
+_HALVINGS = 40  # after which no length of the step is left to speak of
 
 
-class Recorder(Protocol):
-    """Runs the closure and gives the gradient; :class:`curvature.Tape` is one."""
+class Wrapper(Optimizer):
+    """A base optimizer that says where to, an estimator of the curvature there, and a rule.
 
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
-
-    def backward(self, losses: Tensor, params: Any) -> Any: ...
-
-
-R = TypeVar("R", bound=Recorder)
-
-
-@dataclass(frozen=True, eq=False)
-class Trial(Generic[R]):
-    """One evaluation of the loss: the closure, what it gave, and what recorded it."""
-
-    iteration: int
-    closure: Callable[[], Tensor]
-    recorder: R
-    random: RandomState
-    params: list[Tensor]
-    losses: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Line:
-    """The direction d of one step, the mean loss, <d, g> and ‖d‖²."""
-
-    direction: list[Tensor]
-    value: float
-    slope: float
-    squared_norm: float
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The rescaling factor of one step, and the curvature it came from."""
-
-    r: float
-    curvature: float | None
-
-
-class Wrapper(Optimizer, Generic[R]):
-    """The common part of :class:`optim.Rescaled` and :class:`optim.GeN`.
-
+    The common part of :class:`optim.Rescaled` and :class:`optim.GeN`, which choose the two.
     ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own; ``group["lr"]``
     is ell, a factor on the step chosen here, so torch's schedulers drive it. Attach them to the
     wrapper, after wrapping. Groups with different lr keep their ratios. What the wrapper itself
@@ -76,13 +42,25 @@ class Wrapper(Optimizer, Generic[R]):
         skipped: how many steps left the parameters as they were.
     """
 
-    def __init__(self, base: Optimizer, *, ell: float) -> None:
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        estimator: Estimator,
+        rule: Rule,
+        ell: float,
+        every: int,
+        checked: int,
+    ) -> None:
         if isinstance(base, Wrapper):
             raise TypeError(f"base is a {type(base).__name__}, which already chooses the step")
         self._proposer = proposer(base)
         self.base = base
         if not ell > 0 or not math.isfinite(ell):
             raise ValueError(f"ell is {ell}; it must be positive")
+        for name, count, least in (("every", every, 1), ("checked", checked, 0)):
+            if not isinstance(count, int) or count < least:
+                raise ValueError(f"{name} is {count}; it must be an integer of at least {least}")
         for group in base.param_groups:
             _check_group(group)
             _check_rate(group)
@@ -90,9 +68,13 @@ class Wrapper(Optimizer, Generic[R]):
         for group in base.param_groups:
             group["lr"] = ell * float(group["lr"]) / fastest if fastest > 0 else ell
         base.defaults["lr"] = ell
+        self.estimator, self.rule = estimator, rule
+        self.every, self.checked = every, checked
+        self.rule_state: State = {}
         self.records = Records()
         self.skipped = 0
         self.iteration = 0
+        self._length = 0.0
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,7 +110,7 @@ class Wrapper(Optimizer, Generic[R]):
             >>> optimizer = Rescaled(torch.optim.SGD([a], lr=0.1))
             >>> optimizer.add_param_group({"params": [b], "lr": 0.25})
             >>> [group["lr"] for group in optimizer.param_groups]
-            [0.5, 0.25]
+            [0.95, 0.25]
         """
         # A base may have bounds for its own lr, which ell need not meet.
         ell = param_group.get("lr", self.defaults["lr"])
@@ -165,7 +147,7 @@ class Wrapper(Optimizer, Generic[R]):
             >>> import torch
             >>> from optim import Rescaled
             >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-            >>> optimizer = Rescaled(torch.optim.SGD([x]))
+            >>> optimizer = Rescaled(torch.optim.SGD([x]), ell=0.5)
             >>> optimizer.step(lambda: x**2)  # one loss per sample
             tensor([1., 4.])
             >>> x.detach()
@@ -186,8 +168,9 @@ class Wrapper(Optimizer, Generic[R]):
             # Also for a parameter that is frozen by now: the base would go on along the last one.
             for p in params:
                 p.grad = None
+            due = self.rule.due(iteration, self.every, self.rule_state)
             with SideEffects() as effects:
-                recorder = self._recorder()
+                recorder = self.estimator.recorder() if due else Plain()
                 with recorder:
                     losses = closure()
                 params_now = [p for p in params if p.requires_grad]
@@ -196,8 +179,8 @@ class Wrapper(Optimizer, Generic[R]):
                 if isinstance(grads, str):
                     record = StepRecord(iteration, skipped=grads)
                 else:
-                    trial = Trial(iteration, closure, recorder, effects.random, params_now, losses)
-                    record = self._advance(trial, grads)
+                    trial = Trial(closure, recorder, effects.random, params_now, losses, [])
+                    record = self._advance(iteration, trial, grads, due)
                     if record.skipped is None:
                         effects.keep()
         finally:
@@ -212,59 +195,97 @@ class Wrapper(Optimizer, Generic[R]):
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         return losses
 
-    def _advance(self, trial: Trial[R], grads: list[Tensor | None]) -> StepRecord:
-        """Go along the base's direction, or leave the base and the own numbers as before."""
-        before, own = Snapshot(self.base), self._own_state()
+    def _advance(
+        self, iteration: int, trial: Trial, grads: list[Tensor | None], due: bool
+    ) -> StepRecord:
+        """Go along the base's direction, or leave the base as before."""
+        before = Snapshot(self.base)
         record = None
         try:
-            record = self._go(trial, grads)
+            record = self._go(iteration, trial, grads, due)
         finally:
             if record is None or record.skipped is not None:
                 before.restore()
-                self._load_own_state(own)
         return record
 
-    def _go(self, trial: Trial[R], grads: list[Tensor | None]) -> StepRecord:
-        """Ask the base for a direction and go along it as far as the choice says."""
+    def _go(
+        self, iteration: int, trial: Trial, grads: list[Tensor | None], due: bool
+    ) -> StepRecord:
+        """Ask the base for a direction and go along it as far as the rule says."""
         for p, g in zip(trial.params, grads, strict=True):
             p.grad = g
         ell = max(float(group["lr"]) for group in self.param_groups)
         ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.param_groups]
         proposed = self._proposer.propose(ratios)
         direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in trial.params]
-        value = trial.losses.double().mean().item()
-        slope = _inner(direction, grads)
-        line = Line(direction, value, slope, squared_norm=_inner(direction, direction))
-        record = StepRecord(trial.iteration, value)
-        if not math.isfinite(slope) or not math.isfinite(line.squared_norm):
+        trial = replace(trial, direction=direction)
+        line = Line(
+            iteration,
+            value=trial.losses.double().mean().item(),
+            slope=_inner(direction, grads),
+            squared_norm=_inner(direction, direction),
+            momentum=momentum(self.base),
+            ell=ell,
+        )
+        record = StepRecord(iteration, line.value)
+        if not math.isfinite(line.slope) or not math.isfinite(line.squared_norm):
             return replace(record, skipped="the direction of the base optimizer is NaN or infinite")
-        # Differentiating may evaluate checkpointed modules again, and so their statistics.
-        with SideEffects():
-            choice = self._choose(trial, line)
-        record = replace(record, slope=slope)
-        if isinstance(choice, str):
-            return replace(record, skipped=choice)
-        step = min(ell * choice.r, self._proposer.limit(ratios))
-        record = replace(record, curvature=choice.curvature, r=choice.r)
+        record = replace(record, slope=line.slope)
+        estimate = None
+        if due and line.squared_norm > 0:
+            found = self._measure(trial, line)
+            if isinstance(found, str):
+                return replace(record, skipped=found)
+            estimate = found
+            record = replace(record, curvature=found.curvature, magnitude=found.magnitude)
+        r, state = self.rule.choose(line, estimate, self.rule_state)
+        if isinstance(r, str):
+            return replace(record, skipped=r)
+        record = replace(record, r=r)
+        step = min(ell * r, self._proposer.limit(ratios))
+        length = math.sqrt(line.squared_norm)
         largest = min(torch.finfo(d.dtype).max for d in direction)
-        if not abs(step) * max(1.0, math.sqrt(line.squared_norm)) < largest:
+        if not abs(step) * max(1.0, length) < largest:
             return replace(record, skipped=f"a step of {step:.1e} overflows the parameters' dtype")
+        if iteration <= self.checked and step > 0 and line.slope > 0:
+            step = _shortened(trial, line.value, step)
         self._proposer.move(step)
+        self.rule_state, self._length = state, step * length
         return replace(record, step=step)
 
-    @abstractmethod
-    def _recorder(self) -> R:
-        """What runs the closure and differentiates its losses."""
+    def _measure(self, trial: Trial, line: Line) -> Estimate | str:
+        try:
+            # Differentiating may evaluate checkpointed modules again, and so their statistics.
+            with SideEffects():
+                return self.estimator.estimate(trial, line, self._reach(trial, line))
+        except NonFiniteLoss:
+            self.rule_state = self.rule.after_bad_probe(self.rule_state)
+            return "the loss at a probe is NaN or infinite"
 
-    @abstractmethod
-    def _choose(self, trial: Trial[R], line: Line) -> Choice | str:
-        """The factor r for this step, or why the parameters must stay where they are."""
+    def _reach(self, trial: Trial, line: Line) -> float:
+        """How far along d a probe shall go: as the rule says, or as far as the last step went."""
+        reach = self.rule.reach(self.rule_state)
+        if reach is not None:
+            return reach
+        length = self._length or _FIRST_REACH * (1 + math.sqrt(_inner(trial.params, trial.params)))
+        return length / math.sqrt(line.squared_norm)
 
     def _own_state(self) -> dict[str, Any]:
-        return {"iteration": self.iteration, "skipped": self.skipped}
+        return {
+            "iteration": self.iteration,
+            "skipped": self.skipped,
+            "length": self._length,
+            "rule_state": dict(self.rule_state),
+        }
 
-    def _load_own_state(self, state: dict[str, Any]) -> None:
-        self.iteration, self.skipped = state["iteration"], state["skipped"]
+    def _configuration(self) -> dict[str, Any]:
+        return {
+            "kind": type(self).__name__,
+            "rule": repr(self.rule),
+            "estimator": repr(self.estimator),
+            "every": self.every,
+            "checked": self.checked,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's ``state_dict``, and beside it the wrapper's own numbers.
@@ -274,11 +295,11 @@ class Wrapper(Optimizer, Generic[R]):
             >>> from optim import GeN
             >>> optimizer = GeN(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
             >>> saved = optimizer.state_dict()
-            >>> saved["wrapper"]["eta"]
-            0.001
+            >>> saved["wrapper"]["iteration"]
+            0
             >>> optimizer.load_state_dict(saved)
         """
-        own = {"kind": type(self).__name__, **self._own_state()}
+        own = {**self._configuration(), **self._own_state()}
         return {**self.base.state_dict(), "wrapper": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -294,11 +315,18 @@ class Wrapper(Optimizer, Generic[R]):
             raise ValueError(
                 f"the state_dict was saved by {own['kind']}, this is {type(self).__name__}"
             )
-        differing = own.keys() ^ {"kind", *self._own_state()}
+        configuration = self._configuration()
+        differing = own.keys() ^ {*configuration, *self._own_state()}
         if differing:
             raise ValueError(f"the state_dict's 'wrapper' lacks or adds {sorted(differing)}")
+        for name, here in configuration.items():
+            if own[name] != here:
+                raise ValueError(
+                    f"the state_dict was saved with {name} {own[name]}, this has {here}"
+                )
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "wrapper"})
-        self._load_own_state(own)
+        self.iteration, self.skipped = own["iteration"], own["skipped"]
+        self._length, self.rule_state = own["length"], dict(own["rule_state"])
 
     def __getstate__(self) -> dict[str, Any]:
         hooks_and_patches = {k for k in self.__dict__ if k.startswith("_optimizer_")} | {"step"}
@@ -306,6 +334,17 @@ class Wrapper(Optimizer, Generic[R]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
+
+
+def _shortened(trial: Trial, value: float, step: float) -> float:
+    """The step, halved until the loss of its batch does not rise."""
+    rounding = 8 * torch.finfo(trial.losses.dtype).eps * abs(value)
+    with SideEffects():
+        for _ in range(_HALVINGS):
+            if trial.loss_after(step) <= value + rounding:
+                break
+            step /= 2
+    return step
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from optim import INNA, Rescaled
+from optim.rules import Lipschitz
 
 F64 = torch.float64
 Array = NDArray[np.float64]
@@ -24,7 +25,7 @@ def parameter(values: Any) -> torch.nn.Parameter:
 def test_newton_in_one_dimension(start: float) -> None:
     """First check of section 2.2: J = sqrt(1 + theta²), beta3 = 0, ell = 1/2 gives -theta³."""
     x = parameter([start])
-    optimizer = Rescaled(torch.optim.SGD([x]), ell=0.5, beta3=0.0)
+    optimizer = Rescaled(torch.optim.SGD([x]), ell=0.5, rule=Lipschitz(beta3=0.0))
     optimizer.step(lambda: (1 + x**2).sqrt().sum())
     torch.testing.assert_close(x.detach(), torch.tensor([-(start**3)], dtype=F64))
 
@@ -34,7 +35,7 @@ def test_mean_of_the_batch(batch: int, seed: int, beta3: float) -> None:
     """Second check of section 2.2: J = E ‖theta - X‖²/2 with ell = 1/2 lands on the batch mean."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.nn.Parameter(torch.randn(3, dtype=F64, generator=generator))
-    optimizer = Rescaled(torch.optim.SGD([x]), ell=0.5, beta3=beta3)
+    optimizer = Rescaled(torch.optim.SGD([x]), ell=0.5, rule=Lipschitz(beta3))
     for _ in range(3):
         data = torch.randn(batch, 3, dtype=F64, generator=generator)
         optimizer.step(lambda data=data: (x - data).square().sum(1) / 2)
@@ -49,7 +50,7 @@ def test_ell_one_is_the_largest_step_that_does_not_raise_a_quadratic(
     x = parameter([1.0, 2.0])
     loss = lambda: (x * torch.tensor([3.0, 1.0]) * x).sum()  # noqa: E731
     before = loss().item()
-    Rescaled(torch.optim.SGD([x]), ell=ell, beta3=0.0).step(loss)
+    Rescaled(torch.optim.SGD([x]), ell=ell, rule=Lipschitz(beta3=0.0), checked=0).step(loss)
     difference = loss().item() - before
     assert (abs(difference) < 1e-12) if change == 0 else difference * change > 0
 
@@ -108,7 +109,7 @@ def test_algorithm_1(
         base: torch.optim.Optimizer = torch.optim.SGD([x])
     else:
         base = torch.optim.RMSprop([x], alpha=rmsprop)
-    optimizer = Rescaled(base, ell=1.0, beta3=beta3)
+    optimizer = Rescaled(base, ell=1.0, rule=Lipschitz(beta3), checked=0)
     for k, ell in enumerate(ells):
         optimizer.param_groups[0]["lr"] = ell
 
@@ -168,7 +169,7 @@ def test_an_ascent_direction_takes_the_step_of_its_opposite() -> None:
     """Appendix C.1: the absolute value of the step."""
     x = parameter([1.0])
     base = ScaledSGD([x], [-3.0])
-    optimizer = Rescaled(base, ell=0.5)
+    optimizer = Rescaled(base, ell=0.5, rule=Lipschitz())
     optimizer.step(lambda: (x**2).sum())
     record = optimizer.records[-1]
     assert record.slope == pytest.approx(-12)
@@ -187,7 +188,7 @@ def test_nothing_to_do_at_a_stationary_point() -> None:
 
 def test_a_loss_without_any_curvature_is_not_extrapolated() -> None:
     x = parameter([1.0])
-    optimizer = Rescaled(torch.optim.SGD([x]))
+    optimizer = Rescaled(torch.optim.SGD([x]), ell=0.5)
     with pytest.warns(RuntimeWarning, match="no curvature along the direction"):
         optimizer.step(lambda: x.sum())
     assert x.item() == 1
@@ -212,8 +213,8 @@ def test_inna_never_reaches_beta() -> None:
     [
         ({"ell": 0.0}, "ell is 0.0"),
         ({"ell": math.inf}, "ell is inf"),
-        ({"beta3": 1.0}, "beta3 is 1.0"),
-        ({"beta3": -0.1}, "beta3 is -0.1"),
+        ({"every": 0}, "every is 0"),
+        ({"checked": -1}, "checked is -1"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from curvature import NotTwiceDifferentiable
 from optim import INNA, GeN, INNAprop, Records, Rescaled
+from optim.rules import Lipschitz
 
 F64 = torch.float64
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -374,9 +375,13 @@ def test_state_of_another_kind_is_refused() -> None:
     saved = rescaled.state_dict()
     saved["wrapper"] = {"kind": "Rescaled", "beta3": 0.5}
     saved["param_groups"][0]["lr"] = 7.0
-    with pytest.raises(ValueError, match=r"lacks or adds \['average', 'count', 'iteration'"):
+    with pytest.raises(ValueError, match=r"lacks or adds \['beta3', 'checked', 'estimator'"):
         rescaled.load_state_dict(saved)
-    assert rescaled.param_groups[0]["lr"] == 0.5
+    assert rescaled.param_groups[0]["lr"] == 0.95
+    published = Rescaled(torch.optim.SGD(problem.groups()), rule=Lipschitz(beta3=0.5))
+    message = r"saved with rule Cautious\(beta3=0.9\), this has Lipschitz\(beta3=0.5\)"
+    with pytest.raises(ValueError, match=message):
+        published.load_state_dict(rescaled.state_dict())
 
 
 class Sign(torch.optim.SGD):
@@ -648,7 +653,7 @@ def test_the_callers_attention_kernels_serve_and_never_change(wrapper: str) -> N
     optimizer = WRAPPERS[wrapper](torch.optim.SGD([p]))
     for _ in range(2):
         optimizer.step(closure)
-    assert seen == [True] * {"Rescaled": 2, "GeN": 4}[wrapper]
+    assert seen == [True] * 4  # twice the step, twice a check or probes
     assert flash()
 
 
@@ -681,7 +686,7 @@ def test_small_gradients_keep_their_digits(size: float) -> None:
 
 def test_a_step_beyond_the_parameters_dtype_is_skipped() -> None:
     p = nn.Parameter(torch.ones(1))
-    optimizer = Rescaled(torch.optim.SGD([p]))
+    optimizer = Rescaled(torch.optim.SGD([p]), ell=0.5)
     before = optimizer.state_dict()["wrapper"]
     with pytest.warns(RuntimeWarning, match="overflows"):
         optimizer.step(lambda: (p + 1e-41 * p**2).sum())

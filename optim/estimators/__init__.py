@@ -1,0 +1,9 @@
+"""Estimators: how the curvature along a direction is measured."""
+
+from optim.estimators.estimator import Estimator
+from optim.estimators.exact import Exact
+from optim.estimators.gauss_newton import GaussNewton
+from optim.estimators.gradients import GradientDifferences
+from optim.estimators.probes import Probes
+
+__all__ = ["Estimator", "Exact", "GaussNewton", "GradientDifferences", "Probes"]

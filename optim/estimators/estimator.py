@@ -1,0 +1,39 @@
+"""What every estimator of the curvature answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature import gradient
+from optim.line import Estimate, Line
+from optim.trial import Recorder, Trial
+
+
+class Plain(torch.enable_grad):
+    """An ordinary forward and backward pass, without a record for second derivatives."""
+
+    def backward(self, losses: Tensor, params: Any) -> Any:
+        return gradient(losses, params)
+
+
+class Estimator(ABC):
+    """Measures the curvature of the loss along a direction, after its gradient is known."""
+
+    def recorder(self) -> Recorder:
+        """What runs the closure and differentiates its losses, at steps with an estimate."""
+        return Plain()
+
+    @abstractmethod
+    def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
+        """The loss to second order along the trial's direction, or why it is not known.
+
+        Args:
+            reach: about how far along the direction the step will go.
+
+        Raises:
+            NonFiniteLoss: a loss on the way is NaN or infinite.
+        """

@@ -1,0 +1,67 @@
+"""The exact curvature, by one tangent pass over the recorded forward and backward pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature import Tape
+from optim.estimators.estimator import Estimator
+from optim.line import Estimate, Line
+from optim.trial import Trial
+
+
+class _Tape(Tape):
+    """Keeps no cotangents where the curvature will be asked per sample."""
+
+    def __init__(self, per_sample: bool | None) -> None:
+        super().__init__()
+        self.per_sample = per_sample
+
+    def backward(self, losses: Tensor, params: Any, *, cotangents: bool = True) -> Any:
+        if self.per_sample is None:
+            self.per_sample = isinstance(losses, Tensor) and losses.ndim == 1
+        return super().backward(losses, params, cotangents=cotangents and not self.per_sample)
+
+
+@dataclass(frozen=True)
+class Exact(Estimator):
+    """d^T H d by :class:`curvature.Tape`: Algorithm 2 of *Adaptive scaling*, or its jets.
+
+    Args:
+        per_sample: True asks for d^T H_b d of each sample, whose absolute values are averaged;
+            False for that of the batch, which is cheaper. None takes what the losses offer: per
+            sample if the closure returns one loss per sample.
+
+    Example:
+        >>> import torch
+        >>> from optim import Rescaled
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = Rescaled(torch.optim.SGD([x]), estimator=Exact(per_sample=False))
+        >>> _ = optimizer.step(lambda: x**2)
+        >>> optimizer.records[-1].curvature
+        5.0
+    """
+
+    per_sample: bool | None = None
+
+    def recorder(self) -> Tape:
+        return _Tape(self.per_sample)
+
+    def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
+        tape = trial.recorder
+        assert isinstance(tape, _Tape)
+        # Along d of about unit length: d^T H d itself may leave the range of float32.
+        length = 2.0 ** round(math.log2(line.squared_norm) / 2)
+        unit = list(torch._foreach_div(trial.direction, length))
+        quadratic = tape.directional(unit, per_sample=bool(tape.per_sample))
+        samples = quadratic.per_sample or quadratic
+        curvature = quadratic.curvature.double().item() * length**2
+        magnitude = samples.curvature.double().abs().mean().item() * length**2
+        if not math.isfinite(magnitude):
+            return "the curvature along the direction is NaN or infinite"
+        return Estimate(line.slope, curvature, magnitude)

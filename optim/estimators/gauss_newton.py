@@ -1,0 +1,92 @@
+"""The curvature of the loss alone, with the model's outputs moving linearly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvature import Tape
+from optim.estimators.estimator import Estimator
+from optim.line import Estimate, Line
+from optim.trial import Trial
+
+
+class _Watching(Tape):
+    """Notes what a module returns while it records."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self.outputs: list[Tensor] = []
+
+    def __enter__(self) -> _Watching:
+        self._hook = self._model.register_forward_hook(self._note)
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._hook.remove()
+        super().__exit__(kind, error, trace)
+
+    def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.outputs += [y for y in _tensors(output) if y.requires_grad]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+@dataclass(frozen=True)
+class GaussNewton(Estimator):
+    """d^T G d with the generalised Gauss-Newton matrix G, by :meth:`curvature.Tape.gauss_newton`.
+
+    Never negative where the loss is convex in the model's outputs, and cheaper than d^T H d.
+
+    Args:
+        model: the module whose outputs the closure's loss is computed from.
+
+    Raises:
+        ValueError: the closure does not call the model (at the first estimate).
+
+    Example:
+        >>> import torch
+        >>> from optim import Rescaled
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = Rescaled(torch.optim.SGD(model.parameters()), estimator=GaussNewton(model))
+        >>> _ = optimizer.step(lambda: model(torch.eye(2)).square().mean())
+        >>> optimizer.records[-1].curvature > 0
+        True
+    """
+
+    model: nn.Module = field(repr=False)
+
+    def recorder(self) -> Tape:
+        return _Watching(self.model)
+
+    def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
+        tape = trial.recorder
+        assert isinstance(tape, _Watching)
+        if not tape.outputs:
+            raise ValueError(
+                "the closure did not call the model that GaussNewton was given, so its outputs, "
+                "between which and the loss the curvature is taken, are not known"
+            )
+        # Along d of about unit length: d^T G d itself may leave the range of float32.
+        length = 2.0 ** round(math.log2(line.squared_norm) / 2)
+        unit = list(torch._foreach_div(trial.direction, length))
+        curvature = tape.gauss_newton(unit, tape.outputs).curvature.double().item() * length**2
+        if not math.isfinite(curvature):
+            return "the curvature along the direction is NaN or infinite"
+        return Estimate(line.slope, curvature, abs(curvature))

@@ -1,0 +1,57 @@
+"""The curvature from losses at points along the direction, by forward passes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from curvature import fit
+from optim.estimators.estimator import Estimator
+from optim.line import Estimate, Line
+from optim.trial import Trial
+
+
+@dataclass(frozen=True)
+class Probes(Estimator):
+    """Least squares through losses at theta - eta p d: equation (3.4) of GeN (Bu, Xu).
+
+    The losses are taken on the step's batch, with the same random numbers and without touching
+    parameters or buffers. Probing calls the closure again, without a graph: draw the batch
+    outside it, and put :class:`torch.enable_grad` around what differentiates inside it.
+
+    Args:
+        points: p, in units of eta, the step that the rule expects to take. (-1, 1) is the
+            paper's Algorithm 1, (-2, -1, 1, 2) its five points; the loss at 0 is known.
+        degree: of the polynomial.
+        exact_slope: take <d, g> for b instead of fitting it; then (1,) is enough, one forward
+            pass.
+
+    Raises:
+        ValueError: the points do not determine the polynomial (at the first estimate).
+
+    Example:
+        >>> import torch
+        >>> from optim import Rescaled
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        >>> probes = Probes(points=(1.0,), exact_slope=True)
+        >>> optimizer = Rescaled(torch.optim.SGD([x]), estimator=probes)
+        >>> _ = optimizer.step(lambda: (x**2).sum())
+        >>> round(optimizer.records[-1].curvature, 6)
+        40.0
+    """
+
+    points: tuple[float, ...] = (-1.0, 1.0)
+    degree: int = 2
+    exact_slope: bool = False
+
+    def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
+        quadratic = fit(
+            trial.loss_at,
+            trial.params,
+            trial.direction,
+            steps=[-reach * p for p in self.points],
+            degree=self.degree,
+            value=line.value,
+            slope=line.slope if self.exact_slope else None,
+        )
+        curvature = quadratic.curvature.item()
+        return Estimate(quadratic.slope.item(), curvature, abs(curvature))

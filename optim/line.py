@@ -1,0 +1,42 @@
+"""What is known of the loss along the step that a base optimizer proposes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Line:
+    """The loss along theta - t d as far as one gradient tells, in numbers.
+
+    Attributes:
+        iteration: which step this is, from 1.
+        value: the mean loss at theta.
+        slope: <d, g>, positive if the step descends.
+        squared_norm: ‖d‖².
+        momentum: the share of the last direction that the base keeps in this one.
+        ell: the user's factor on the step, the largest ``group["lr"]``.
+    """
+
+    iteration: int
+    value: float
+    slope: float
+    squared_norm: float
+    momentum: float = 0.0
+    ell: float = 1.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The loss along theta - t d to second order, value - t slope + t²/2 curvature.
+
+    Attributes:
+        slope: <d, g>, or what was fitted for it.
+        curvature: d^T H d of the mean loss.
+        magnitude: the mean over samples of abs(d^T H_b d) where they are known one by one, else
+            abs(curvature).
+    """
+
+    slope: float
+    curvature: float
+    magnitude: float

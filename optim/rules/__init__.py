@@ -1,0 +1,10 @@
+"""Step rules: how far to go along a direction, from what is known of the loss along it."""
+
+from optim.rules.bounds import RobbinsMonro
+from optim.rules.cautious import Cautious
+from optim.rules.edge import Edge
+from optim.rules.lipschitz import Lipschitz
+from optim.rules.newton import Newton
+from optim.rules.rule import Rule
+
+__all__ = ["Cautious", "Edge", "Lipschitz", "Newton", "RobbinsMonro", "Rule"]

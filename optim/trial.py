@@ -1,0 +1,66 @@
+"""One evaluation of the loss and its gradient, and what a step of the wrapper may ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from curvature import RandomState, gradient
+
+
+class Recorder(Protocol):
+    """Runs the closure and gives the gradient; :class:`curvature.Tape` is one."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
+
+    def backward(self, losses: Tensor, params: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """The closure, what it gave and what recorded it, and the direction d that followed."""
+
+    closure: Callable[[], Tensor]
+    recorder: Recorder
+    random: RandomState
+    params: list[Tensor]
+    losses: Tensor
+    direction: list[Tensor]
+
+    def loss_at(self, values: Sequence[Tensor]) -> Tensor:
+        """The closure's loss with other values in the parameters, and the same random numbers."""
+        with self._moved_to(values), torch.no_grad():
+            return self.closure()
+
+    def loss_after(self, step: float) -> float:
+        """The mean loss at theta - step d, also if it is NaN or infinite."""
+        return self.loss_at(self._after(step)).double().mean().item()
+
+    def gradient_after(self, step: float) -> list[Tensor | None]:
+        """The gradient of the mean loss at theta - step d."""
+        with self._moved_to(self._after(step)), torch.enable_grad():
+            grads: list[Tensor | None] = gradient(self.closure(), self.params)
+            return grads
+
+    @torch.no_grad()
+    def _after(self, step: float) -> Sequence[Tensor]:
+        return torch._foreach_add(self.params, self.direction, alpha=-step)
+
+    @contextmanager
+    def _moved_to(self, values: Sequence[Tensor]) -> Iterator[None]:
+        own = [p.data for p in self.params]
+        self.random.restore()
+        try:
+            for p, value in zip(self.params, values, strict=True):
+                p.data = value
+            yield
+        finally:
+            for p, data in zip(self.params, own, strict=True):
+                p.data = data
