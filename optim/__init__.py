@@ -1,16 +1,20 @@
-"""Optimizers whose step sizes come from curvature, and INNA and INNAprop."""
+"""Optimizers whose step sizes come from curvature, and INNA, INNAprop and their variants."""
 
 from optim import estimators, rules, schedules
+from optim.dinadam import DINAdam
 from optim.gen import GeN
 from optim.inna import INNA
 from optim.innaprop import INNAprop
+from optim.innaprop_momentum import INNApropMomentum
 from optim.record import Records, StepRecord
 from optim.rescaled import Rescaled
 
 __all__ = [
     "INNA",
+    "DINAdam",
     "GeN",
     "INNAprop",
+    "INNApropMomentum",
     "Records",
     "Rescaled",
     "StepRecord",

@@ -44,7 +44,7 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"din", "line", "record", "schedules", "snapshot", "trial"},
+        {"din", "line", "preconditioned", "record", "schedules", "snapshot", "trial"},
         {"direction", "estimators.estimator", "rules.rule"},
         {
             "estimators.exact",
@@ -55,7 +55,7 @@ FLOORS = {
         },
         {"rules.bounds", "rules.cautious", "rules.edge", "rules.newton"},
         {"estimators", "rules"},
-        {"inna", "innaprop", "wrapper"},
+        {"dinadam", "inna", "innaprop", "innaprop_momentum", "wrapper"},
         {"rescaled", "gen"},
     ],
 }
