@@ -92,6 +92,31 @@ class Records(Sequence[StepRecord]):
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(record.to_json() + "\n")
 
+    def descent_share(self, last: int | None = None) -> float:
+        """The share of steps whose direction descends: q_n of *Adaptive scaling*, equation (26).
+
+        ``q = |{k : <g_k, d_k> >= 0}| / |{k}|``, over the held steps that have a slope; with
+        momentum it may fall below 1, and a low share tells of steps that are too long.
+
+        Args:
+            last: of so many latest records, as of an epoch; of all that are held if None.
+
+        Returns:
+            The share, or NaN if no step has a slope.
+
+        Example:
+            >>> records = Records()
+            >>> for k, slope in enumerate((2.0, -1.0, 0.5, 3.0), start=1):
+            ...     records.append(StepRecord(iteration=k, slope=slope))
+            >>> records.descent_share(), records.descent_share(last=2)
+            (0.75, 1.0)
+        """
+        held = list(self._records)
+        if last is not None:
+            held = held[max(0, len(held) - last) :]
+        slopes = [record.slope for record in held if record.slope is not None]
+        return sum(slope >= 0 for slope in slopes) / len(slopes) if slopes else math.nan
+
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the held records to a file, one JSON object a line.
 

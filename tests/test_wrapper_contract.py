@@ -785,3 +785,19 @@ def test_records_streamed_to_a_file(wrapper: str, tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(optimizer)).records[-1] == optimizer.records[-1]
     with pytest.raises(FileNotFoundError):
         Records(path=tmp_path / "missing" / "records.jsonl")
+
+
+def test_the_share_of_descent_directions() -> None:
+    """Equation (26), of a heavy ball that climbs every now and then."""
+    x = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = Rescaled(
+        torch.optim.SGD([x], lr=0.1, momentum=0.9), rule=Lipschitz(), ell=1.0, checked=0
+    )
+    for _ in range(20):
+        optimizer.step(lambda: (x.square() * torch.tensor([1.0, 5.0])).sum())
+    slopes = [r.slope for r in optimizer.records if r.slope is not None]
+    climbing = sum(slope < 0 for slope in slopes)
+    assert 0 < climbing < 20
+    assert optimizer.records.descent_share() == 1 - climbing / 20
+    assert optimizer.records.descent_share(last=5) == sum(s >= 0 for s in slopes[-5:]) / 5
+    assert math.isnan(Records().descent_share())
