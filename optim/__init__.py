@@ -6,6 +6,7 @@ from optim.gen import GeN
 from optim.inna import INNA
 from optim.innaprop import INNAprop
 from optim.innaprop_momentum import INNApropMomentum
+from optim.memory import Memory
 from optim.record import Records, StepRecord
 from optim.rescaled import Rescaled
 
@@ -15,6 +16,7 @@ __all__ = [
     "GeN",
     "INNAprop",
     "INNApropMomentum",
+    "Memory",
     "Records",
     "Rescaled",
     "StepRecord",

@@ -44,7 +44,7 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"din", "line", "preconditioned", "record", "schedules", "snapshot", "trial"},
+        {"din", "line", "memory", "preconditioned", "record", "schedules", "snapshot", "trial"},
         {"direction", "estimators.estimator", "rules.rule"},
         {
             "estimators.exact",
