@@ -7,6 +7,7 @@ from optim.inna import INNA
 from optim.innaprop import INNAprop
 from optim.innaprop_momentum import INNApropMomentum
 from optim.memory import Memory
+from optim.named import gen_hod, lqa, qlabgrad
 from optim.record import Records, StepRecord
 from optim.rescaled import Rescaled
 
@@ -21,6 +22,9 @@ __all__ = [
     "Rescaled",
     "StepRecord",
     "estimators",
+    "gen_hod",
+    "lqa",
+    "qlabgrad",
     "rules",
     "schedules",
 ]

@@ -57,6 +57,7 @@ FLOORS = {
         {"estimators", "rules"},
         {"dinadam", "inna", "innaprop", "innaprop_momentum", "wrapper"},
         {"rescaled", "gen"},
+        {"named"},
     ],
 }
 
