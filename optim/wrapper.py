@@ -250,7 +250,10 @@ class Wrapper(Optimizer):
         if iteration <= self.checked and step > 0 and line.slope > 0:
             step = _shortened(trial, line.value, step)
         self._proposer.move(step)
-        self.rule_state, self._length = state, step * length
+        self.rule_state = state
+        if ell * step > 0:
+            # A schedule that takes ell to 0 must not take the probes into the rounding.
+            self._length = step / ell * length
         return replace(record, step=step)
 
     def _measure(self, trial: Trial, line: Line) -> Estimate | str:
@@ -263,7 +266,7 @@ class Wrapper(Optimizer):
             return "the loss at a probe is NaN or infinite"
 
     def _reach(self, trial: Trial, line: Line) -> float:
-        """How far along d a probe shall go: as the rule says, or as far as the last step went."""
+        """How far along d a probe shall go: as the rule says, or as the last step at ell = 1."""
         reach = self.rule.reach(self.rule_state)
         if reach is not None:
             return reach
@@ -350,7 +353,7 @@ def _shortened(trial: Trial, value: float, step: float) -> float:
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
     """<left, right> in float64; None is zero."""
     pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
-    return _sum([(a.double() * b.double()).sum() for a, b in pairs])
+    return _sum([torch.dot(a.flatten().double(), b.flatten().double()) for a, b in pairs])
 
 
 def _sum(numbers: Sequence[Tensor]) -> float:

@@ -58,7 +58,8 @@ class GaussNewton(Estimator):
         model: the module whose outputs the closure's loss is computed from.
 
     Raises:
-        ValueError: the closure does not call the model (at the first estimate).
+        ValueError: at the first estimate, the closure does not call the model, or this PyTorch is
+            older than 2.5.
 
     Example:
         >>> import torch
