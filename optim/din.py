@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from optim.checked import Checked
 
 
 @dataclass(eq=False)
@@ -23,7 +24,7 @@ class _Pending:
     preconditioned: list[Tensor]
 
 
-class DIN(Optimizer):
+class DIN(Checked):
     """Explicit Euler for DIN in (theta, psi), with a preconditioned gradient.
 
     With u = (1/beta - alpha) theta - psi/beta, at the old theta and psi::
@@ -44,59 +45,9 @@ class DIN(Optimizer):
         self._pending: list[tuple[float, _Pending]] = []
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what it does not name is taken from the defaults.
-
-        Raises:
-            ValueError: a hyperparameter is out of range.
-            TypeError: a parameter is complex or integer.
-
-        Example:
-            >>> import torch
-            >>> from optim import INNA
-            >>> a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
-            >>> optimizer = INNA([a])
-            >>> optimizer.add_param_group({"params": [b], "beta": 0.2})
-            >>> [group["beta"] for group in optimizer.param_groups]
-            [0.1, 0.2]
-        """
-        self._check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if not p.is_floating_point():
-                self.param_groups.pop()
-                raise TypeError(f"{type(self).__name__} needs real parameters, got {p.dtype}")
-
-    @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Tensor] | None = None
-    ) -> Tensor | None:
-        """Take one step with gamma = ``group["lr"]``, from the gradients in ``p.grad``.
-
-        Raises:
-            ValueError: a group's lr is not below its beta.
-            TypeError: a gradient is sparse.
-
-        Example:
-            >>> import torch
-            >>> from optim import INNA
-            >>> x = torch.nn.Parameter(torch.tensor([1.0]))
-            >>> x.grad = torch.tensor([2.0])
-            >>> INNA([x], lr=0.01).step()  # the first step is lr beta g
-            >>> x.detach()
-            tensor([0.9980])
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._check_group(group)
-        self._check_gradients()
-        for group in self.param_groups:
-            for pending in self._advance(group):
-                _euler(pending, float(group["lr"]))
-        return loss
+    def _step_group(self, group: dict[str, Any]) -> None:
+        for pending in self._advance(group):
+            _euler(pending, float(group["lr"]))
 
     @torch.no_grad()
     def propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
@@ -208,12 +159,6 @@ class DIN(Optimizer):
                 state["psi"] = p.detach() * (1 - group["alpha"] * group["beta"])
         preconditioned = self._precondition(group, grads, states)
         return _Pending(group, params, [state["psi"] for state in states], preconditioned)
-
-    def _check_gradients(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise TypeError(f"{type(self).__name__} does not support sparse gradients")
 
 
 def _drift(pending: _Pending) -> list[Tensor]:

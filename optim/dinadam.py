@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.preconditioned import Preconditioned, mean_of_squares
+from optim.preconditioned import Preconditioned, mean_of_squares, moments
+from optim.ranges import check_decay
 
 
 class DINAdam(Preconditioned):
@@ -72,8 +73,7 @@ class DINAdam(Preconditioned):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         for name, sigma in zip(("sigma1", "sigma2"), group["betas"], strict=True):
-            if not 0 <= sigma < 1:
-                raise ValueError(f"{name} is {sigma}; it must be in [0, 1)")
+            check_decay(name, sigma)
 
     def _move(
         self,
@@ -85,10 +85,7 @@ class DINAdam(Preconditioned):
         sigma1, sigma2 = group["betas"]
         product = group["alpha"] * group["beta"]
         v = mean_of_squares(states, grads, sigma2)
-        m = [
-            state.setdefault("m", torch.zeros_like(g))
-            for state, g in zip(states, grads, strict=True)
-        ]
+        m = moments(states, grads, "m")
         torch._foreach_mul_(m, sigma1)
         torch._foreach_add_(m, grads, alpha=(1 - sigma1) * (1 - product))
         d = list(torch._foreach_add(m, grads, alpha=product))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from optim.estimators import Probes
+from optim.ranges import check_count
 from optim.rules import Newton
 from optim.wrapper import Wrapper
 
@@ -61,8 +62,7 @@ class GeN(Wrapper):
         phi: int = 8,
         ell: float = 1.0,
     ) -> None:
-        if not isinstance(phi, int) or phi < 1:
-            raise ValueError(f"phi is {phi}; it must be an integer of at least 1")
+        check_count("phi", phi)
         super().__init__(
             base,
             estimator=Probes(),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from optim.din import DIN
+from optim.preconditioned import mean_of_squares
+from optim.ranges import check_decay
 
 
 class INNAprop(DIN):
@@ -84,8 +86,7 @@ class INNAprop(DIN):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if not 0 <= group["sigma"] < 1:
-            raise ValueError(f"sigma is {group['sigma']}; it must be in [0, 1)")
+        check_decay("sigma", group["sigma"])
         if not 0 < group["eps"] < math.inf:
             raise ValueError(f"eps is {group['eps']}; it must be finite and positive")
 
@@ -93,15 +94,9 @@ class INNAprop(DIN):
         self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
         sigma = group["sigma"]
-        for g, state in zip(grads, states, strict=True):
-            if "step" not in state:
-                state["step"] = 0
-                state["v"] = torch.zeros_like(g)
-            state["step"] += 1
-        v = [state["v"] for state in states]
-        torch._foreach_mul_(v, sigma)
-        torch._foreach_addcmul_(v, grads, grads, value=1 - sigma)
-        root = list(torch._foreach_sqrt(v))
+        for state in states:
+            state["step"] = state.get("step", 0) + 1
+        root = list(torch._foreach_sqrt(mean_of_squares(states, grads, sigma)))
         torch._foreach_div_(root, [(1 - sigma ** state["step"]) ** 0.5 for state in states])
         torch._foreach_add_(root, group["eps"])
         return list(torch._foreach_div(grads, root))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.preconditioned import Preconditioned, mean_of_squares
+from optim.preconditioned import Preconditioned, mean_of_squares, moments
+from optim.ranges import check_decay
 
 
 class INNApropMomentum(Preconditioned):
@@ -75,8 +76,7 @@ class INNApropMomentum(Preconditioned):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if not 0 <= group["sigma"] < 1:
-            raise ValueError(f"sigma is {group['sigma']}; it must be in [0, 1)")
+        check_decay("sigma", group["sigma"])
         gamma = float(group["lr"])
         if not gamma < group["beta"]:
             raise ValueError(f"lr is {gamma} and beta is {group['beta']}: lr must stay below beta")
@@ -97,10 +97,7 @@ class INNApropMomentum(Preconditioned):
         p = list(torch._foreach_sqrt(mean_of_squares(states, grads, group["sigma"])))
         torch._foreach_add_(p, group["eps"])
         p = list(torch._foreach_div(grads, p))
-        m = [
-            state.setdefault("m", torch.zeros_like(g))
-            for state, g in zip(states, grads, strict=True)
-        ]
+        m = moments(states, grads, "m")
         torch._foreach_mul_(m, kept)
         torch._foreach_add_(m, p, alpha=gamma**2 * (1 - alpha * beta) / kept)
         torch._foreach_sub_(params, m)

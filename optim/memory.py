@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from optim.ranges import check_count
+
 
 class Memory(nn.Module):
     """The memory layer of *Adaptive scaling of the learning rate*, appendix C.2.
@@ -41,8 +43,7 @@ class Memory(nn.Module):
 
     def __init__(self, capacity: int, features: int | tuple[int, ...]) -> None:
         super().__init__()
-        if not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"capacity is {capacity}; it must be an integer of at least 1")
+        check_count("capacity", capacity)
         shape = (features,) if isinstance(features, int) else tuple(features)
         self.register_buffer("features", torch.zeros(capacity, *shape))
         self.register_buffer("targets", torch.zeros(capacity, dtype=torch.long))

@@ -4,75 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from optim.checked import Checked
 
 
-class Preconditioned(Optimizer):
-    """A torch optimizer that moves a group's parameters at once; a subclass says how."""
+class Preconditioned(Checked):
+    """An optimizer that moves a group's parameters at once; a subclass says how."""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what it does not name is taken from the defaults.
-
-        Raises:
-            ValueError: a hyperparameter is out of range.
-            TypeError: a parameter is complex or integer.
-
-        Example:
-            >>> import torch
-            >>> from optim import DINAdam
-            >>> a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
-            >>> optimizer = DINAdam([a])
-            >>> optimizer.add_param_group({"params": [b], "beta": 0.2})
-            >>> [group["beta"] for group in optimizer.param_groups]
-            [0.9, 0.2]
-        """
-        self._check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if not p.is_floating_point():
-                self.param_groups.pop()
-                raise TypeError(f"{type(self).__name__} needs real parameters, got {p.dtype}")
-
-    @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Tensor] | None = None
-    ) -> Tensor | None:
-        """Take one step from the gradients in ``p.grad``.
-
-        Raises:
-            ValueError: a hyperparameter of a group is out of range by now.
-            TypeError: a gradient is sparse.
-
-        Example:
-            >>> import torch
-            >>> from optim import DINAdam
-            >>> x = torch.nn.Parameter(torch.tensor([1.0]))
-            >>> x.grad = torch.tensor([2.0])
-            >>> DINAdam([x], lr=0.01, betas=(0.9, 0.0)).step()  # lr (0.91 * 0.1 + 0.09) g / |g|
-            >>> x.detach()
-            tensor([0.9982])
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._check_group(group)
-            for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise TypeError(f"{type(self).__name__} does not support sparse gradients")
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                if group["weight_decay"] != 0:
-                    torch._foreach_mul_(params, 1 - float(group["lr"]) * group["weight_decay"])
-                self._move(group, params, [p.grad for p in params], [self.state[p] for p in params])
-        return loss
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if params:
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(params, 1 - float(group["lr"]) * group["weight_decay"])
+            self._move(group, params, [p.grad for p in params], [self.state[p] for p in params])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse hyperparameters for which the step is not defined."""
@@ -93,11 +41,19 @@ class Preconditioned(Optimizer):
         """Advance the states, and the parameters with them."""
 
 
+def moments(states: list[dict[str, Any]], grads: list[Tensor], name: str) -> list[Tensor]:
+    """Each state's average of this name, which starts at 0."""
+    for state, g in zip(states, grads, strict=True):
+        if name not in state:
+            state[name] = torch.zeros_like(g)
+    return [state[name] for state in states]
+
+
 def mean_of_squares(
     states: list[dict[str, Any]], grads: list[Tensor], sigma: float
 ) -> list[Tensor]:
     """v <- sigma v + (1 - sigma) g², from 0."""
-    v = [state.setdefault("v", torch.zeros_like(g)) for state, g in zip(states, grads, strict=True)]
+    v = moments(states, grads, "v")
     torch._foreach_mul_(v, sigma)
     torch._foreach_addcmul_(v, grads, grads, value=1 - sigma)
     return v

@@ -11,6 +11,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from optim.ranges import check_count, check_positive
+
 
 def cooldown(optimizer: Optimizer, steps: int, *, share: float = 0.4) -> LambdaLR:
     """Constant, then linearly to 0 over the last share of the steps.
@@ -35,7 +37,7 @@ def cooldown(optimizer: Optimizer, steps: int, *, share: float = 0.4) -> LambdaL
         >>> round(optimizer.param_groups[0]["lr"], 3)
         0.4
     """
-    _check_count("steps", steps)
+    check_count("steps", steps)
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; it must be in (0, 1]")
     return LambdaLR(optimizer, lambda k: max(0.0, min(1.0, (1 - k / steps) / share)))
@@ -63,9 +65,8 @@ def red(optimizer: Optimizer, epochs: int, *, eta: float = 0.5) -> LambdaLR:
         >>> round(optimizer.param_groups[0]["lr"], 4)
         0.7071
     """
-    _check_count("epochs", epochs)
-    if not 0 < eta < math.inf:
-        raise ValueError(f"eta is {eta}; it must be positive")
+    check_count("epochs", epochs)
+    check_positive("eta", eta)
     return LambdaLR(optimizer, lambda n: eta ** (n / epochs))
 
 
@@ -173,13 +174,7 @@ def warmup_linear(optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, factor)
 
 
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} is {count}; it must be an integer of at least 1")
-
-
 def _check_warmup(warmup: int, name: str, end: int) -> None:
-    if not isinstance(warmup, int) or warmup < 0:
-        raise ValueError(f"warmup is {warmup}; it must be an integer of at least 0")
+    check_count("warmup", warmup, 0)
     if not isinstance(end, int) or end <= warmup:
         raise ValueError(f"{name} is {end}; it must be an integer above warmup, {warmup}")

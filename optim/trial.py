@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,3 +65,24 @@ class Trial:
         finally:
             for p, data in zip(self.params, own, strict=True):
                 p.data = data
+
+    def unit(self, squared_norm: float) -> tuple[list[Tensor], float]:
+        """d over a power of two that makes it about unit length, and that power.
+
+        d^T H d itself may leave the range of single precision.
+        """
+        length = 2.0 ** round(math.log2(squared_norm) / 2)
+        return list(torch._foreach_div(self.direction, length)), length
+
+
+def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
+    """<left, right> in float64; None is zero."""
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
+    return total([torch.dot(a.flatten().double(), b.flatten().double()) for a, b in pairs])
+
+
+def total(numbers: Sequence[Tensor]) -> float:
+    """The sum of scalars that may be on different devices."""
+    if not numbers:
+        return 0.0
+    return torch.stack([x.to(numbers[0].device) for x in numbers]).sum().item()

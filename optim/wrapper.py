@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from optim.direction import momentum, proposer
 from optim.estimators import Estimator
 from optim.estimators.estimator import Plain
 from optim.line import Estimate, Line
+from optim.ranges import check_count, check_positive
 from optim.record import Records, StepRecord
 from optim.rules import Rule
 from optim.rules.rule import State
 from optim.snapshot import Snapshot
-from optim.trial import Recorder, Trial
+from optim.trial import Recorder, Trial, inner, total
 
 _FIRST_REACH = 1e-3  # of a probe, relative to the parameters, before any step was taken
 _HALVINGS = 40  # after which no length of the step is left to speak of
@@ -56,11 +57,9 @@ class Wrapper(Optimizer):
             raise TypeError(f"base is a {type(base).__name__}, which already chooses the step")
         self._proposer = proposer(base)
         self.base = base
-        if not ell > 0 or not math.isfinite(ell):
-            raise ValueError(f"ell is {ell}; it must be positive")
-        for name, count, least in (("every", every, 1), ("checked", checked, 0)):
-            if not isinstance(count, int) or count < least:
-                raise ValueError(f"{name} is {count}; it must be an integer of at least {least}")
+        check_positive("ell", ell)
+        check_count("every", every)
+        check_count("checked", checked, 0)
         for group in base.param_groups:
             _check_group(group)
             _check_rate(group)
@@ -222,8 +221,8 @@ class Wrapper(Optimizer):
         line = Line(
             iteration,
             value=trial.losses.double().mean().item(),
-            slope=_inner(direction, grads),
-            squared_norm=_inner(direction, direction),
+            slope=inner(direction, grads),
+            squared_norm=inner(direction, direction),
             momentum=momentum(self.base),
             ell=ell,
         )
@@ -270,7 +269,7 @@ class Wrapper(Optimizer):
         reach = self.rule.reach(self.rule_state)
         if reach is not None:
             return reach
-        length = self._length or _FIRST_REACH * (1 + math.sqrt(_inner(trial.params, trial.params)))
+        length = self._length or _FIRST_REACH * (1 + math.sqrt(inner(trial.params, trial.params)))
         return length / math.sqrt(line.squared_norm)
 
     def _own_state(self) -> dict[str, Any]:
@@ -350,18 +349,6 @@ def _shortened(trial: Trial, value: float, step: float) -> float:
     return step
 
 
-def _inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
-    """<left, right> in float64; None is zero."""
-    pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
-    return _sum([torch.dot(a.flatten().double(), b.flatten().double()) for a, b in pairs])
-
-
-def _sum(numbers: Sequence[Tensor]) -> float:
-    if not numbers:
-        return 0.0
-    return torch.stack([x.to(numbers[0].device) for x in numbers]).sum().item()
-
-
 def _gradient(recorder: Recorder, losses: Any, params: list[Tensor]) -> list[Tensor | None] | str:
     """The gradient of the mean loss, or why the step must be skipped."""
     if isinstance(losses, Tensor) and losses.is_floating_point() and losses.numel() > 0:
@@ -370,7 +357,7 @@ def _gradient(recorder: Recorder, losses: Any, params: list[Tensor]) -> list[Ten
             return f"{bad} of {losses.numel()} losses are NaN or infinite"
     grads: list[Tensor | None] = recorder.backward(losses, params)
     # The square must be finite too: preconditioners that hold it would never recover.
-    if not math.isfinite(_sum([g.square().sum().double() for g in grads if g is not None])):
+    if not math.isfinite(total([g.square().sum().double() for g in grads if g is not None])):
         return "the gradient, or its square, is NaN or infinite"
     return grads
 

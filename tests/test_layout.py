@@ -44,7 +44,8 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"din", "line", "memory", "preconditioned", "record", "schedules", "snapshot", "trial"},
+        {"checked", "line", "ranges", "record", "snapshot", "trial"},
+        {"din", "memory", "preconditioned", "schedules"},
         {"direction", "estimators.estimator", "rules.rule"},
         {
             "estimators.exact",

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvature import Tape
@@ -55,9 +54,7 @@ class Exact(Estimator):
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         tape = trial.recorder
         assert isinstance(tape, _Tape)
-        # Along d of about unit length: d^T H d itself may leave the range of float32.
-        length = 2.0 ** round(math.log2(line.squared_norm) / 2)
-        unit = list(torch._foreach_div(trial.direction, length))
+        unit, length = trial.unit(line.squared_norm)
         quadratic = tape.directional(unit, per_sample=bool(tape.per_sample))
         samples = quadratic.per_sample or quadratic
         curvature = quadratic.curvature.double().item() * length**2

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from curvature import Tape
@@ -84,9 +83,7 @@ class GaussNewton(Estimator):
                 "the closure did not call the model that GaussNewton was given, so its outputs, "
                 "between which and the loss the curvature is taken, are not known"
             )
-        # Along d of about unit length: d^T G d itself may leave the range of float32.
-        length = 2.0 ** round(math.log2(line.squared_norm) / 2)
-        unit = list(torch._foreach_div(trial.direction, length))
+        unit, length = trial.unit(line.squared_norm)
         curvature = tape.gauss_newton(unit, tape.outputs).curvature.double().item() * length**2
         if not math.isfinite(curvature):
             return "the curvature along the direction is NaN or infinite"

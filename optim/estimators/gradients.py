@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from optim.estimators.estimator import Estimator
 from optim.line import Estimate, Line
-from optim.trial import Trial
+from optim.trial import Trial, inner
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,7 @@ class GradientDifferences(Estimator):
     """
 
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
-        moved = trial.gradient_after(reach)
-        slope = sum(
-            (d.double() * g.double()).sum().item()
-            for d, g in zip(trial.direction, moved, strict=True)
-            if g is not None
-        )
+        slope = inner(trial.direction, trial.gradient_after(reach))
         if not math.isfinite(slope):
             return "the gradient at a probe is NaN or infinite"
         curvature = (line.slope - slope) / reach

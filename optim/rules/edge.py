@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
-from optim.rules.lipschitz import check_decay, newton_step
+from optim.ranges import check_decay, check_positive
+from optim.rules.lipschitz import newton_step
 from optim.rules.rule import Rule, State
 
 
@@ -43,8 +44,7 @@ class Edge(Rule):
     beta: float = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 < self.factor < math.inf:
-            raise ValueError(f"factor is {self.factor}; it must be positive")
+        check_positive("factor", self.factor)
         check_decay("beta", self.beta)
 
     def choose(

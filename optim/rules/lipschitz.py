@@ -6,12 +6,8 @@ import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
+from optim.ranges import check_decay
 from optim.rules.rule import Rule, State
-
-
-def check_decay(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} is {value}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True)

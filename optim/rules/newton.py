@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
-from optim.rules.lipschitz import check_decay
+from optim.ranges import check_decay, check_positive
 from optim.rules.rule import Rule, State
 
 
@@ -40,8 +39,7 @@ class Newton(Rule):
     gamma: float = 0.9
 
     def __post_init__(self) -> None:
-        if not self.eta > 0 or not math.isfinite(self.eta):
-            raise ValueError(f"eta is {self.eta}; it must be positive")
+        check_positive("eta", self.eta)
         check_decay("gamma", self.gamma)
 
     def choose(

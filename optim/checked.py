@@ -1,0 +1,82 @@
+"""What the optimizers of this package share: the frame of a step, and its refusals."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Checked(Optimizer):
+    """A torch optimizer that refuses what it cannot step before it has moved anything."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; what it does not name is taken from the defaults.
+
+        Raises:
+            ValueError: a hyperparameter is out of range.
+            TypeError: a parameter is complex or integer.
+
+        Example:
+            >>> import torch
+            >>> from optim import DINAdam
+            >>> a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = DINAdam([a])
+            >>> optimizer.add_param_group({"params": [b], "beta": 0.2})
+            >>> [group["beta"] for group in optimizer.param_groups]
+            [0.9, 0.2]
+        """
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                self.param_groups.pop()
+                raise TypeError(f"{type(self).__name__} needs real parameters, got {p.dtype}")
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
+        """Take one step from the gradients in ``p.grad``.
+
+        Raises:
+            ValueError: a hyperparameter of a group is out of range by now.
+            TypeError: a gradient is sparse.
+
+        Example:
+            >>> import torch
+            >>> from optim import DINAdam
+            >>> x = torch.nn.Parameter(torch.tensor([1.0]))
+            >>> x.grad = torch.tensor([2.0])
+            >>> DINAdam([x], lr=0.01, betas=(0.9, 0.0)).step()  # lr (0.91 * 0.1 + 0.09) g / |g|
+            >>> x.detach()
+            tensor([0.9982])
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._check_group(group)
+        self._check_gradients()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise TypeError(f"{type(self).__name__} does not support sparse gradients")
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse hyperparameters for which the step is not defined."""
+
+    @abstractmethod
+    def _step_group(self, group: dict[str, Any]) -> None:
+        """Advance the states of the parameters with a gradient, and move them."""
