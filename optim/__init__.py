@@ -7,7 +7,7 @@ from optim.inna import INNA
 from optim.innaprop import INNAprop
 from optim.innaprop_momentum import INNApropMomentum
 from optim.memory import Memory
-from optim.named import gen_hod, lqa, qlabgrad
+from optim.named import gen_hod, gen_published, lqa, qlabgrad
 from optim.record import Records, StepRecord
 from optim.rescaled import Rescaled
 
@@ -23,6 +23,7 @@ __all__ = [
     "StepRecord",
     "estimators",
     "gen_hod",
+    "gen_published",
     "lqa",
     "qlabgrad",
     "rules",

@@ -35,8 +35,10 @@ class Estimate:
         curvature: d^T H d of the mean loss.
         magnitude: the mean over samples of abs(d^T H_b d) where they are known one by one, else
             abs(curvature).
+        reach: how far along d it was to be measured, in units of d.
     """
 
     slope: float
     curvature: float
     magnitude: float
+    reach: float = 0.0

@@ -9,6 +9,52 @@ from optim.rescaled import Rescaled
 from optim.rules import Newton
 
 
+def gen_published(
+    base: Optimizer,
+    *,
+    eta: float | None = 1e-3,
+    gamma: float = 0.9,
+    phi: int = 8,
+    points: tuple[float, ...] = (-1.0, 1.0),
+    degree: int = 2,
+) -> Rescaled:
+    """Algorithm 1 of *Gradient descent with generalized Newton's method* (Bu, Xu), as printed.
+
+    The step is ``w - eta d``. At every Phi-th step the losses at ``w - p eta d`` for p in
+    ``points`` are probed and equation (3.4) fits ``b = <g, d>`` and ``A = d^T H d``; if both
+    are positive ::
+
+        eta <- gamma eta + (1 - gamma) b / A
+
+    Otherwise eta keeps its value. It depends on its start; :class:`optim.GeN` does not.
+
+    Args:
+        base: an optimizer whose step is linear in lr.
+        eta: the first learning rate, or None to search it at the first step (appendix C.4.2).
+        gamma: smoothing, in [0, 1); 0 takes each fit as it is.
+        phi: how many steps share one fit.
+        points: where to probe, in units of eta; (-2, -1, 1, 2) are the paper's five points.
+        degree: of the fitted polynomial.
+
+    Example:
+        >>> import torch
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        >>> optimizer = gen_published(torch.optim.SGD([x]), eta=0.004, gamma=0.5, phi=2)
+        >>> for _ in range(2):
+        ...     _ = optimizer.step(lambda: 50 * (x - 3).square().sum())
+        >>> [round(record.step, 9) for record in optimizer.records]
+        [0.004, 0.007]
+    """
+    return Rescaled(
+        base,
+        ell=1.0,
+        rule=Newton(eta=eta, gamma=gamma),
+        estimator=Probes(points=points, degree=degree),
+        every=phi,
+        checked=0,
+    )
+
+
 def lqa(base: Optimizer, *, eta: float = 1e-3) -> Rescaled:
     """Local quadratic approximation: three losses at every step (Zhu et al. 2021).
 

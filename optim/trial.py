@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from curvature import RandomState, gradient
+from curvature import RandomState, SideEffects, gradient
 
 
 class Recorder(Protocol):
@@ -42,7 +42,13 @@ class Trial:
 
     def loss_after(self, step: float) -> float:
         """The mean loss at theta - step d, also if it is NaN or infinite."""
-        return self.loss_at(self._after(step)).double().mean().item()
+        with SideEffects():
+            return self.loss_at(self._after(step)).double().mean().item()
+
+    def rounding(self, loss: float) -> float:
+        """How far apart ``loss`` and the mean loss here may be by rounding alone."""
+        eps = torch.finfo(self.losses.dtype).eps
+        return 8 * eps * max(abs(loss), self.losses.double().abs().mean().item())
 
     def gradient_after(self, step: float) -> list[Tensor | None]:
         """The gradient of the mean loss at theta - step d."""

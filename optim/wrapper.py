@@ -24,7 +24,6 @@ from optim.rules.rule import State
 from optim.snapshot import Snapshot
 from optim.trial import Recorder, Trial, inner, total
 
-_FIRST_REACH = 1e-3  # of a probe, relative to the parameters, before any step was taken
 _HALVINGS = 40  # after which no length of the step is left to speak of
 
 
@@ -259,18 +258,21 @@ class Wrapper(Optimizer):
         try:
             # Differentiating may evaluate checkpointed modules again, and so their statistics.
             with SideEffects():
-                return self.estimator.estimate(trial, line, self._reach(trial, line))
+                reach = self._reach(trial, line)
+                found = self.estimator.estimate(trial, line, reach)
+                return found if isinstance(found, str) else replace(found, reach=reach)
         except NonFiniteLoss:
             self.rule_state = self.rule.after_bad_probe(self.rule_state)
             return "the loss at a probe is NaN or infinite"
 
     def _reach(self, trial: Trial, line: Line) -> float:
         """How far along d a probe shall go: as the rule says, or as the last step at ell = 1."""
-        reach = self.rule.reach(self.rule_state)
+        reach = self.rule.reach(line, self.rule_state)
         if reach is not None:
             return reach
-        length = self._length or _FIRST_REACH * (1 + math.sqrt(inner(trial.params, trial.params)))
-        return length / math.sqrt(line.squared_norm)
+        if self._length:
+            return self._length / math.sqrt(line.squared_norm)
+        return self.estimator.first_reach(trial, line)
 
     def _own_state(self) -> dict[str, Any]:
         return {
@@ -340,12 +342,10 @@ class Wrapper(Optimizer):
 
 def _shortened(trial: Trial, value: float, step: float) -> float:
     """The step, halved until the loss of its batch does not rise."""
-    rounding = 8 * torch.finfo(trial.losses.dtype).eps * abs(value)
-    with SideEffects():
-        for _ in range(_HALVINGS):
-            if trial.loss_after(step) <= value + rounding:
-                break
-            step /= 2
+    for _ in range(_HALVINGS):
+        if trial.loss_after(step) <= value + trial.rounding(value):
+            break
+        step /= 2
     return step
 
 

@@ -62,7 +62,7 @@ def test_evaluation_neither_adds_nor_remembers() -> None:
         assert torch.equal(b, before[name])
 
 
-@pytest.mark.parametrize("wrapper", [Rescaled, lambda base: GeN(base, eta=0.1, phi=1)])
+@pytest.mark.parametrize("wrapper", [Rescaled, lambda base: GeN(base, phi=1)])
 def test_a_step_remembers_its_batch_once(wrapper: type) -> None:
     torch.manual_seed(0)
     body, memory, head = nn.Linear(3, 4), Memory(6, 4), nn.Linear(4, 10)

@@ -5,5 +5,6 @@ from optim.estimators.exact import Exact
 from optim.estimators.gauss_newton import GaussNewton
 from optim.estimators.gradients import GradientDifferences
 from optim.estimators.probes import Probes
+from optim.estimators.secant import Secant
 
-__all__ = ["Estimator", "Exact", "GaussNewton", "GradientDifferences", "Probes"]
+__all__ = ["Estimator", "Exact", "GaussNewton", "GradientDifferences", "Probes", "Secant"]

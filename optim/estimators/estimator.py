@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from curvature import gradient
 from optim.line import Estimate, Line
-from optim.trial import Recorder, Trial
+from optim.trial import Recorder, Trial, inner
+
+_FIRST_REACH = 1e-3  # relative to the parameters
 
 
 class Plain(torch.enable_grad):
@@ -26,6 +29,11 @@ class Estimator(ABC):
     def recorder(self) -> Recorder:
         """What runs the closure and differentiates its losses, at steps with an estimate."""
         return Plain()
+
+    def first_reach(self, trial: Trial, line: Line) -> float:
+        """How far to go before any step was taken, in units of d."""
+        size = 1 + math.sqrt(inner(trial.params, trial.params))
+        return _FIRST_REACH * size / math.sqrt(line.squared_norm)
 
     @abstractmethod
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from curvature import fit
 from optim.estimators.estimator import Estimator
 from optim.line import Estimate, Line
 from optim.trial import Trial
+
+_GRID: list[float] = [10.0 ** (k / 2) for k in range(-12, 5)]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ class Probes(Estimator):
     points: tuple[float, ...] = (-1.0, 1.0)
     degree: int = 2
     exact_slope: bool = False
+
+    def first_reach(self, trial: Trial, line: Line) -> float:
+        """The lowest loss over learning rates from 1e-6 to 1e2 (GeN's appendix C.4.2)."""
+        losses = {eta: trial.loss_after(eta) for eta in _GRID}
+        finite = {eta: loss for eta, loss in losses.items() if math.isfinite(loss)}
+        return min(finite, key=lambda eta: finite[eta], default=_GRID[0])
 
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         quadratic = fit(

@@ -6,5 +6,6 @@ from optim.rules.edge import Edge
 from optim.rules.lipschitz import Lipschitz
 from optim.rules.newton import Newton
 from optim.rules.rule import Rule
+from optim.rules.trust import Trust
 
-__all__ = ["Cautious", "Edge", "Lipschitz", "Newton", "RobbinsMonro", "Rule"]
+__all__ = ["Cautious", "Edge", "Lipschitz", "Newton", "RobbinsMonro", "Rule", "Trust"]

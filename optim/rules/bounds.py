@@ -57,8 +57,8 @@ class RobbinsMonro(Rule):
     def due(self, iteration: int, every: int, state: State) -> bool:
         return self.rule.due(iteration, every, state)
 
-    def reach(self, state: State) -> float | None:
-        return self.rule.reach(state)
+    def reach(self, line: Line, state: State) -> float | None:
+        return self.rule.reach(line, state)
 
     def after_bad_probe(self, state: State) -> State:
         return self.rule.after_bad_probe(state)

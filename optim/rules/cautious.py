@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from optim.line import Estimate, Line
 from optim.rules.lipschitz import Lipschitz, newton_step
 from optim.rules.rule import State
+from optim.rules.slope import lower_slope
 
 _LEAST_AGREEMENT = 0.1
 
@@ -63,15 +64,10 @@ class Cautious(Lipschitz):
             highest = max(state["lipschitz"], mu * last)
             state = {**state, "lipschitz": highest, "signed": signed}
         length = math.sqrt(line.squared_norm)
-        b = line.slope / length
-        # What is missing of full weight: a product, since mu may change from step to step.
-        missing = mu * state.get("missing", 1.0)
-        slopes = mu * state.get("slopes", 0.0) + (1 - mu) * b
-        state = {**state, "missing": missing, "slopes": slopes}
-        lower = max(0.0, min(b, slopes / (1 - missing)))
+        lower, filled, state = lower_slope(line, state)
         # Both averages lack the same weight, which cancels.
         agreement = _ratio(state.get("signed", 0.0), state.get("average", 0.0))
-        reduced = (1 - missing) * 2 * lower * math.sqrt(max(agreement, _LEAST_AGREEMENT))
+        reduced = filled * 2 * lower * math.sqrt(max(agreement, _LEAST_AGREEMENT))
         r = newton_step(reduced, length * state.get("lipschitz", 0.0))
         if isinstance(r, str):
             return r, state

@@ -22,7 +22,8 @@ class Newton(Rule):
     eta is halved.
 
     Args:
-        eta: the first learning rate.
+        eta: the first learning rate; None takes the one that the estimator searches out, at the
+            first step and without a fit there.
         gamma: smoothing, in [0, 1); 0 takes each estimate as it is.
 
     Raises:
@@ -35,26 +36,32 @@ class Newton(Rule):
         (1.5, {'eta': 1.5})
     """
 
-    eta: float = 1e-3
+    eta: float | None = 1e-3
     gamma: float = 0.9
 
     def __post_init__(self) -> None:
-        check_positive("eta", self.eta)
+        if self.eta is not None:
+            check_positive("eta", self.eta)
         check_decay("gamma", self.gamma)
 
     def choose(
         self, line: Line, estimate: Estimate | None, state: State
     ) -> tuple[float | str, State]:
-        eta = self.reach(state)
+        eta = self.reach(line, state)
+        if eta is None:
+            assert estimate is not None
+            return estimate.reach, {"eta": estimate.reach}
         if estimate is not None and estimate.curvature > 0 and estimate.slope > 0:
             eta = self.gamma * eta + (1 - self.gamma) * estimate.slope / estimate.curvature
         return eta, {"eta": eta}
 
     def due(self, iteration: int, every: int, state: State) -> bool:
-        return iteration % every == 0
+        searching = self.eta is None and not state
+        return searching or iteration % every == 0
 
-    def reach(self, state: State) -> float:
+    def reach(self, line: Line, state: State) -> float | None:
         return state.get("eta", self.eta)
 
     def after_bad_probe(self, state: State) -> State:
-        return {"eta": self.reach(state) / 2}
+        eta = state.get("eta", self.eta)
+        return state if eta is None else {"eta": eta / 2}

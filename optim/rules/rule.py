@@ -30,7 +30,7 @@ class Rule(ABC):
         """Whether this step needs an estimate, where one is made every so many steps."""
         return not state or (iteration - 1) % every == 0
 
-    def reach(self, state: State) -> float | None:
+    def reach(self, line: Line, state: State) -> float | None:
         """How far along d estimators that probe shall go, if the rule has a say."""
         return None
 

@@ -1,0 +1,109 @@
+"""The step that goes no farther than measurements have borne out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from optim.line import Estimate, Line
+from optim.rules.lipschitz import Lipschitz
+from optim.rules.rule import State
+from optim.rules.slope import lower_slope
+
+_GROWTH = 4.0  # of the trusted length at an estimate
+_LEAST = 0.5  # of it that is kept there
+_RECENT, _LONGER = 0.9, 0.98  # decays of the moving averages of the loss
+_SHRINK, _RECOVER, _LOWEST = 0.95, 1.05, 0.03  # of the caution
+
+
+@dataclass(frozen=True)
+class Trust(Lipschitz):
+    """Steps of a trusted length at most, which grows geometrically while estimates say so.
+
+    ::
+
+        b = <d, g> / ‖d‖                               slope per unit length
+        B = max(0, min(b, bias-corrected moving average of b with the base's momentum mu))
+        L = max(c, bias-corrected moving average of c with beta3),  c = |d^T H d| / ‖d‖²
+        l = min(2 B / L, 4 T) at an estimate, where T becomes max(l, T / 2) if l > 0
+        l = min(2 B / L, T)   between estimates
+        q falls by 5 % where the loss, averaged over the last ten steps, is above that of the
+          last fifty, and rises by 5 % where it is below; it stays within [0.03, 1]
+        r = (1 - mu^k) q l / ‖d‖
+
+    A step after one whose loss was above twice the average of the last ten is measured too.
+
+    T is the distance at which estimators that probe take the next loss. A parabola without
+    curvature, or with its minimum far off, makes T four times as long and no more; a step that
+    one batch wants short makes all shorter until the next estimate. The loss alone tells whether
+    steps that are right for each batch are too long for all of them, and q answers.
+
+    The rule of :class:`optim.GeN`. Found by experiment: see docs/robustness.md.
+
+    Args:
+        beta3: decay of the moving average of the curvature, in [0, 1).
+
+    Raises:
+        ValueError: beta3 is out of range.
+
+    Example:
+        >>> from optim.line import Estimate, Line
+        >>> line = Line(iteration=1, value=9.0, slope=4.0, squared_norm=1.0)
+        >>> r, _ = Trust().choose(line, Estimate(4.0, 2.0, 2.0, reach=0.5), {})
+        >>> r  # the parabola says 4.0, it was looked at as far as 0.5
+        2.0
+    """
+
+    beta3: float = 0.7
+
+    def choose(
+        self, line: Line, estimate: Estimate | None, state: State
+    ) -> tuple[float | str, State]:
+        if line.squared_norm == 0:
+            return 0.0, state
+        length = math.sqrt(line.squared_norm)
+        state = self.averaged(line, estimate, state)
+        lower, filled, state = lower_slope(line, state)
+        lipschitz = state.get("lipschitz", 0.0)
+        wanted = 2 * lower / lipschitz if lipschitz > 0 else math.inf if lower > 0 else 0.0
+        if estimate is None:
+            going = min(wanted, state["trusted"])
+        else:
+            trusted = state.get("trusted", estimate.reach * length)
+            going = min(wanted, _GROWTH * trusted)
+            if going > 0:
+                trusted = max(going, _LEAST * trusted)
+            state = {**state, "trusted": trusted}
+        state = _cautioned(line, state)
+        return filled * state["caution"] * going / length, state
+
+    def due(self, iteration: int, every: int, state: State) -> bool:
+        return super().due(iteration, every, state) or bool(state["surprised"])
+
+    def reach(self, line: Line, state: State) -> float | None:
+        return state["trusted"] / math.sqrt(line.squared_norm) if "trusted" in state else None
+
+    def after_bad_probe(self, state: State) -> State:
+        return {**state, "trusted": state["trusted"] / _GROWTH} if "trusted" in state else state
+
+
+def _cautioned(line: Line, state: State) -> State:
+    """With the moving averages of the loss renewed, and what follows from them."""
+    first, steps = state.get("first", line.value), state.get("steps", 0)
+    recent, longer = state.get("recent", 0.0), state.get("longer", 0.0)
+    before = first + recent / (1 - _RECENT**steps) if steps else line.value
+    steps += 1
+    # Around the first loss, so that the two are exactly the same where it never changes.
+    recent = _RECENT * recent + (1 - _RECENT) * (line.value - first)
+    longer = _LONGER * longer + (1 - _LONGER) * (line.value - first)
+    rising = recent / (1 - _RECENT**steps) > longer / (1 - _LONGER**steps)
+    caution = state.get("caution", 1.0) * (_SHRINK if rising else _RECOVER)
+    return {
+        **state,
+        "first": first,
+        "steps": steps,
+        "recent": recent,
+        "longer": longer,
+        "caution": min(max(caution, _LOWEST), 1.0),
+        "surprised": float(line.value - before > abs(before)),
+    }

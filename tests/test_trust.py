@@ -1,0 +1,193 @@
+"""GeN's own rule and estimator: what makes it depend on no first learning rate."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from optim import GeN, Rescaled
+from optim.estimators import Secant
+from optim.line import Estimate, Line
+from optim.rules import Trust
+
+F64 = torch.float64
+sizes = st.floats(1e-3, 1e3)
+
+
+def average(values: list[float], beta: float) -> float:
+    weights = beta ** np.arange(len(values))[::-1]
+    return float(weights @ values / weights.sum())
+
+
+def trust(
+    lines: list[tuple[float, float, float, float]],
+    mu: float,
+    beta3: float,
+    phi: int,
+    trusted: float,
+) -> list[float]:
+    """The docstring's equations, each sum written out over all steps so far."""
+    rs, q, curvatures = [], 1.0, []
+    for k, (_, squared_norm, magnitude, _) in enumerate(lines, start=1):
+        due = (k - 1) % phi == 0
+        slopes = [s / math.sqrt(n) for s, n, _, _ in lines[:k]]
+        B = max(0.0, min(slopes[-1], average(slopes, mu)))
+        if due:
+            curvatures.append(magnitude / squared_norm)
+            L = max(curvatures[-1], average(curvatures, beta3))
+            step = min(2 * B / L, 4 * trusted)
+            trusted = max(step, trusted / 2) if step > 0 else trusted
+        else:
+            step = min(2 * B / L, trusted)
+        values = [v - lines[0][3] for *_, v in lines[:k]]
+        q *= 0.95 if average(values, 0.9) > average(values, 0.98) else 1.05
+        q = min(max(q, 0.03), 1.0)
+        rs.append((1 - mu**k) * q * step / math.sqrt(squared_norm))
+    return rs
+
+
+@given(
+    lines=st.lists(st.tuples(st.floats(-5, 5), sizes, sizes, st.floats(0.5, 2)), min_size=1),
+    mu=st.sampled_from([0.0, 0.5, 0.9]),
+    beta3=st.sampled_from([0.0, 0.7]),
+    phi=st.integers(1, 4),
+)
+def test_trust(
+    lines: list[tuple[float, float, float, float]], mu: float, beta3: float, phi: int
+) -> None:
+    rule, state, found = Trust(beta3), {}, []
+    for k, (slope, squared_norm, magnitude, value) in enumerate(lines, start=1):
+        line = Line(k, value, slope, squared_norm, momentum=mu)
+        estimate = None
+        if rule.due(k, phi, state):
+            first = 0.125 / math.sqrt(squared_norm)
+            reach = rule.reach(line, state) if state else first
+            estimate = Estimate(slope, -magnitude, magnitude, reach)
+        r, state = rule.choose(line, estimate, state)
+        found.append(r)
+    assert found == pytest.approx(trust(lines, mu, beta3, phi, 0.125), rel=1e-9, abs=1e-12)
+
+
+def test_caution_follows_the_loss() -> None:
+    """Down to its bound while the loss rises, back to 1 while it falls."""
+    rule, state, rs = Trust(), {}, []
+    for k, value in enumerate([*np.geomspace(1, 1e3, 100), *np.geomspace(1e3, 1, 120)], start=1):
+        line = Line(k, float(value), slope=1.0, squared_norm=1.0)
+        r, state = rule.choose(line, Estimate(1.0, 1.0, 1.0, reach=2.0), state)
+        rs.append(r)
+    assert rs[0] == pytest.approx(2)
+    assert rs[99] == pytest.approx(2 * 0.03)
+    assert rs[-1] == pytest.approx(2)
+
+
+def test_a_loss_that_doubles_is_measured_at_the_next_step() -> None:
+    rule, state, due = Trust(), {}, []
+    for k, value in enumerate([1.0, 1.5, 2.6, 2.0, 1.0, -1.0, 1.0], start=1):
+        due.append(rule.due(k, 100, state))
+        estimate = Estimate(1.0, 1.0, 1.0, reach=2.0) if due[-1] else None
+        _, state = rule.choose(Line(k, value, slope=1.0, squared_norm=1.0), estimate, state)
+    # 2.6 is above twice the mean of 1 and 1.5, weighted 0.9 and 1; 2.0 is below that of three.
+    assert due == [True, False, False, True, False, False, False]
+
+
+def test_without_curvature_steps_grow_fourfold() -> None:
+    x = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    optimizer = GeN(torch.optim.SGD([x]), phi=1, ell=1.0)
+    for _ in range(4):
+        optimizer.step(lambda: 3 * x.sum())
+    steps = [r.step for r in optimizer.records]
+    assert [b / a for a, b in itertools.pairwise(steps)] == pytest.approx([4, 4, 4])
+    assert all(r.curvature == 0 for r in optimizer.records)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.9])
+def test_the_chord_is_that_of_the_loss(mu: float) -> None:
+    x = nn.Parameter(torch.tensor([0.7], dtype=F64))
+    base = torch.optim.SGD([x], momentum=mu, lr=0.1)
+    optimizer = Rescaled(base, rule=Trust(), estimator=Secant())
+    reaches = []
+    for _ in range(3):
+        state = dict(optimizer.rule_state)
+        start = x.item()
+        optimizer.step(lambda: x.cosh().sum())
+        record = optimizer.records[-1]
+        d = (start - x.item()) / record.step
+        if state:
+            t = state["trusted"] / abs(d)
+            chord = [
+                2 * (math.cosh(start - s * d) - math.cosh(start) + s * d * math.sinh(start)) / s**2
+                for s in (t, t / 4)
+            ]
+            assert record.curvature == pytest.approx(chord[0], rel=1e-6)
+            largest = max(chord) if mu else chord[0]
+            assert record.magnitude == pytest.approx(largest, rel=1e-6)
+            reaches.append(t)
+    assert len(reaches) == 2
+
+
+def test_rounding_counts_as_no_curvature() -> None:
+    """Of a float32 loss of 1e4 at a distance where it changes by less than its last digit."""
+    x = nn.Parameter(torch.tensor([1.0]))
+    optimizer = GeN(torch.optim.SGD([x]), phi=1, checked=0)
+    optimizer.rule_state = {"trusted": 1e-6}
+    optimizer.step(lambda: 1e4 + x.square().sum())
+    record = optimizer.records[-1]
+    assert record.curvature == record.magnitude == 0
+    assert record.step * 2 == pytest.approx(0.95 * 4e-6)
+
+
+def test_a_loss_that_is_not_finite_shortens_the_steps() -> None:
+    x = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    optimizer = GeN(torch.optim.SGD([x]), phi=1, ell=1.0, checked=0)
+    optimizer.rule_state = {"trusted": 2.0}
+    optimizer.step(lambda: x.sum() - (x + 0.5).log().sum() * 0.3)
+    assert optimizer.skipped == 0
+    assert optimizer.records[-1].step * optimizer.records[-1].slope ** 0.5 == pytest.approx(2 / 8)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(
+    ("f", "steepest"), [(lambda x: x.square(), 1.0), (lambda x: (1 + x.square()).log(), 1.5)]
+)
+def test_the_first_length_is_within_four_of_the_minimum(
+    f: Callable, steepest: float, scale: float
+) -> None:
+    """Whatever the scale of the loss, and so of d."""
+    x = nn.Parameter(torch.tensor([3.0], dtype=F64))
+    optimizer = GeN(torch.optim.SGD([x]), phi=1, checked=0)
+    optimizer.step(lambda: scale * f(x).sum())
+    assert 3 / 4 <= abs(x.item() - 3) <= 4 * 3 * steepest
+
+
+@given(exponent=st.integers(-6, 6))
+def test_rescaling_the_direction_leaves_the_iterates(exponent: int) -> None:
+    class Scaled(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad * 10.0**exponent, alpha=group["lr"])
+
+    ends = []
+    for make in (Scaled, torch.optim.SGD):
+        x = nn.Parameter(torch.tensor([1.0, -2.0], dtype=F64))
+        optimizer = GeN(make([x]), phi=2)
+        for _ in range(5):
+            optimizer.step(lambda x=x: x.cosh().sum())
+        ends.append(x.detach())
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"phi": 0}, "phi is 0"), ({"phi": 1.5}, "phi is 1.5"), ({"ell": -1.0}, "ell is -1.0")],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GeN(torch.optim.SGD([nn.Parameter(torch.ones(1))]), **options)
