@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from optim.checked import Checked
+from optim.energy import Kinetic
+from optim.trial import inner
 
 
 @dataclass(eq=False)
@@ -100,6 +102,49 @@ class DIN(Checked):
             _euler(pending, min(ratio * step, largest))
         self._pending = []
 
+    @torch.no_grad()
+    def kinetic(self) -> Kinetic:
+        """The kinetic energy ‖v‖²_P / (2 (1 + alpha beta)) of the last proposal.
+
+        With v = (alpha - 1/beta) theta + psi/beta, which a step of gamma moves by
+        gamma (-alpha v + (1 - alpha beta) P^-1 g); with the loss it makes the energy that the
+        dynamics make fall, over 1 + alpha beta. Each group has its own alpha and beta.
+
+        Raises:
+            ValueError: a group has weight decay, for which this does not hold.
+
+        Example:
+            >>> import torch
+            >>> from optim import INNA
+            >>> x = torch.nn.Parameter(torch.tensor([1.0]))
+            >>> x.grad = torch.tensor([3.0])
+            >>> optimizer = INNA([x], alpha=0.5, beta=1.0)
+            >>> _ = optimizer.propose([1.0])
+            >>> optimizer.kinetic()  # at rest: v = 0, w = 3/2
+            Kinetic(before=0.0, value=0.0, slope=0.0, curvature=1.5)
+        """
+        value = slope = curvature = 0.0
+        for ratio, pending in self._pending:
+            group = pending.group
+            if group["weight_decay"] != 0:
+                raise ValueError(
+                    f"weight_decay is {group['weight_decay']}: the energy falls without it; set "
+                    "it to 0, and add a penalty on the weights to the loss"
+                )
+            alpha, beta = group["alpha"], group["beta"]
+            v = _drift(pending)
+            torch._foreach_neg_(v)
+            w = list(torch._foreach_mul(v, -alpha))
+            torch._foreach_add_(w, pending.preconditioned, alpha=1 - alpha * beta)
+            torch._foreach_mul_(w, ratio)
+            metric = self._metric(group, [self.state[p] for p in pending.params])
+            vp, wp = (x if metric is None else list(torch._foreach_mul(x, metric)) for x in (v, w))
+            weight = 1 / (1 + alpha * beta)
+            value += weight / 2 * inner(v, vp)
+            slope += weight * inner(v, wp)
+            curvature += weight * inner(w, wp)
+        return Kinetic(before=value, value=value, slope=slope, curvature=curvature)
+
     def limit(self, ratios: Sequence[float]) -> float:
         """The largest step that keeps every gamma below its beta.
 
@@ -143,6 +188,10 @@ class DIN(Checked):
         self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
         """P^-1 g, advancing the preconditioner that ``states`` hold."""
+
+    def _metric(self, group: dict[str, Any], states: list[dict[str, Any]]) -> list[Tensor] | None:
+        """The diagonal of P as last advanced; None is the identity."""
+        return None
 
     def _advance(self, group: dict[str, Any]) -> list[_Pending]:
         params = [p for p in group["params"] if p.grad is not None]

@@ -93,10 +93,13 @@ class INNAprop(DIN):
     def _precondition(
         self, group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
-        sigma = group["sigma"]
         for state in states:
             state["step"] = state.get("step", 0) + 1
-        root = list(torch._foreach_sqrt(mean_of_squares(states, grads, sigma)))
-        torch._foreach_div_(root, [(1 - sigma ** state["step"]) ** 0.5 for state in states])
+        mean_of_squares(states, grads, group["sigma"])
+        return list(torch._foreach_div(grads, self._metric(group, states)))
+
+    def _metric(self, group: dict[str, Any], states: list[dict[str, Any]]) -> list[Tensor]:
+        root = list(torch._foreach_sqrt([state["v"] for state in states]))
+        torch._foreach_div_(root, [(1 - group["sigma"] ** s["step"]) ** 0.5 for s in states])
         torch._foreach_add_(root, group["eps"])
-        return list(torch._foreach_div(grads, root))
+        return root

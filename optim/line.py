@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optim.energy import Kinetic
+
 
 @dataclass(frozen=True)
 class Line:
@@ -16,6 +18,7 @@ class Line:
         squared_norm: ‖d‖².
         momentum: the share of the last direction that the base keeps in this one.
         ell: the user's factor on the step, the largest ``group["lr"]``.
+        kinetic: the energy of the base's inertia, if the rule asks for it.
     """
 
     iteration: int
@@ -24,6 +27,7 @@ class Line:
     squared_norm: float
     momentum: float = 0.0
     ell: float = 1.0
+    kinetic: Kinetic | None = None
 
 
 @dataclass(frozen=True)

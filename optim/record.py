@@ -22,6 +22,7 @@ class StepRecord:
         curvature: d^T H d of the mean loss, as estimated.
         magnitude: the mean over samples of abs(d^T H_b d), or abs(curvature) where they are not
             known one by one.
+        energy: value and the kinetic energy of the base, where the rule asks for it.
         r: the factor by which the wrapper rescales; eta for GeN.
         step: the step that was taken along d: ``ell * r``, unless a bound of the base optimizer
             or a check of the loss is below it; 0 if the step was skipped.
@@ -38,6 +39,7 @@ class StepRecord:
     slope: float | None = None
     curvature: float | None = None
     magnitude: float | None = None
+    energy: float | None = None
     r: float | None = None
     step: float = 0.0
     skipped: str | None = None

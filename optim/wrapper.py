@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from curvature import NonFiniteLoss, SideEffects
 from optim.direction import momentum, proposer
+from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
 from optim.estimators.estimator import Plain
 from optim.line import Estimate, Line
@@ -67,12 +68,14 @@ class Wrapper(Optimizer):
             group["lr"] = ell * float(group["lr"]) / fastest if fastest > 0 else ell
         base.defaults["lr"] = ell
         self.estimator, self.rule = estimator, rule
+        self._kinetic_of = kinetic_of(base) if rule.needs_kinetic else None
         self.every, self.checked = every, checked
         self.rule_state: State = {}
         self.records = Records()
         self.skipped = 0
         self.iteration = 0
         self._length = 0.0
+        self._kinetic = 0.0
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -217,6 +220,7 @@ class Wrapper(Optimizer):
         proposed = self._proposer.propose(ratios)
         direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in trial.params]
         trial = replace(trial, direction=direction)
+        kinetic = None if self._kinetic_of is None else self._kinetic_of(ratios, self._kinetic)
         line = Line(
             iteration,
             value=trial.losses.double().mean().item(),
@@ -224,8 +228,11 @@ class Wrapper(Optimizer):
             squared_norm=inner(direction, direction),
             momentum=momentum(self.base),
             ell=ell,
+            kinetic=kinetic,
         )
         record = StepRecord(iteration, line.value)
+        if kinetic is not None:
+            record = replace(record, energy=line.value + kinetic.before)
         if not math.isfinite(line.slope) or not math.isfinite(line.squared_norm):
             return replace(record, skipped="the direction of the base optimizer is NaN or infinite")
         record = replace(record, slope=line.slope)
@@ -245,9 +252,11 @@ class Wrapper(Optimizer):
         largest = min(torch.finfo(d.dtype).max for d in direction)
         if not abs(step) * max(1.0, length) < largest:
             return replace(record, skipped=f"a step of {step:.1e} overflows the parameters' dtype")
-        if iteration <= self.checked and step > 0 and line.slope > 0:
-            step = _shortened(trial, line.value, step)
+        if iteration <= self.checked and step > 0 and (line.slope > 0 or kinetic is not None):
+            step = _shortened(trial, line, step)
         self._proposer.move(step)
+        if kinetic is not None:
+            self._kinetic = kinetic.after(step)
         self.rule_state = state
         if ell * step > 0:
             # A schedule that takes ell to 0 must not take the probes into the rounding.
@@ -279,6 +288,7 @@ class Wrapper(Optimizer):
             "iteration": self.iteration,
             "skipped": self.skipped,
             "length": self._length,
+            "kinetic": self._kinetic,
             "rule_state": dict(self.rule_state),
         }
 
@@ -330,7 +340,8 @@ class Wrapper(Optimizer):
                 )
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "wrapper"})
         self.iteration, self.skipped = own["iteration"], own["skipped"]
-        self._length, self.rule_state = own["length"], dict(own["rule_state"])
+        self._length, self._kinetic = own["length"], own["kinetic"]
+        self.rule_state = dict(own["rule_state"])
 
     def __getstate__(self) -> dict[str, Any]:
         hooks_and_patches = {k for k in self.__dict__ if k.startswith("_optimizer_")} | {"step"}
@@ -340,10 +351,12 @@ class Wrapper(Optimizer):
         return f"{type(self).__name__}({self.base!r})"
 
 
-def _shortened(trial: Trial, value: float, step: float) -> float:
-    """The step, halved until the loss of its batch does not rise."""
+def _shortened(trial: Trial, line: Line, step: float) -> float:
+    """The step, halved until the loss of its batch, or the energy, does not rise."""
+    kinetic = line.kinetic or Kinetic(0.0, 0.0, 0.0, 0.0)
+    allowed = line.value + kinetic.before
     for _ in range(_HALVINGS):
-        if trial.loss_after(step) <= value + trial.rounding(value):
+        if trial.loss_after(step) + kinetic.after(step) <= allowed + trial.rounding(allowed):
             break
         step /= 2
     return step

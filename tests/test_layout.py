@@ -44,8 +44,9 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"checked", "line", "ranges", "record", "snapshot", "trial"},
-        {"din", "memory", "preconditioned", "schedules"},
+        {"checked", "ranges", "record", "snapshot", "trial"},
+        {"energy"},
+        {"line", "din", "memory", "preconditioned", "schedules"},
         {"direction", "estimators.estimator", "rules.rule"},
         {
             "estimators.exact",
@@ -56,7 +57,14 @@ FLOORS = {
             "rules.lipschitz",
             "rules.slope",
         },
-        {"rules.bounds", "rules.cautious", "rules.edge", "rules.newton", "rules.trust"},
+        {
+            "rules.bounds",
+            "rules.cautious",
+            "rules.edge",
+            "rules.lyapunov",
+            "rules.newton",
+            "rules.trust",
+        },
         {"estimators", "rules"},
         {"dinadam", "inna", "innaprop", "innaprop_momentum", "wrapper"},
         {"rescaled", "gen"},

@@ -4,8 +4,9 @@ from optim.rules.bounds import RobbinsMonro
 from optim.rules.cautious import Cautious
 from optim.rules.edge import Edge
 from optim.rules.lipschitz import Lipschitz
+from optim.rules.lyapunov import Lyapunov
 from optim.rules.newton import Newton
 from optim.rules.rule import Rule
 from optim.rules.trust import Trust
 
-__all__ = ["Cautious", "Edge", "Lipschitz", "Newton", "RobbinsMonro", "Rule", "Trust"]
+__all__ = ["Cautious", "Edge", "Lipschitz", "Lyapunov", "Newton", "RobbinsMonro", "Rule", "Trust"]

@@ -45,6 +45,10 @@ class RobbinsMonro(Rule):
         if not 0.5 < self.delta < 1:
             raise ValueError(f"delta is {self.delta}; it must be between 1/2 and 1")
 
+    @property
+    def needs_kinetic(self) -> bool:
+        return self.rule.needs_kinetic
+
     def choose(
         self, line: Line, estimate: Estimate | None, state: State
     ) -> tuple[float | str, State]:

@@ -15,6 +15,11 @@ class Rule(ABC):
     What a rule remembers from step to step is a dictionary of numbers, handed in and out.
     """
 
+    @property
+    def needs_kinetic(self) -> bool:
+        """Whether it needs the kinetic energy of the base optimizer."""
+        return False
+
     @abstractmethod
     def choose(
         self, line: Line, estimate: Estimate | None, state: State

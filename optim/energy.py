@@ -1,0 +1,72 @@
+"""The kinetic energy of inertial methods, which falls together with the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch.optim import SGD, Optimizer
+
+from optim.trial import inner
+
+
+@dataclass(frozen=True)
+class Kinetic:
+    """The kinetic energy K before a step, and after one of length s along the proposal.
+
+    Attributes:
+        before: K as the last step left it.
+        value, slope, curvature: K after s is ``value + s slope + s²/2 curvature``.
+    """
+
+    before: float
+    value: float
+    slope: float
+    curvature: float
+
+    def after(self, s: float) -> float:
+        return self.value + s * self.slope + s**2 / 2 * self.curvature
+
+
+@runtime_checkable
+class Energetic(Protocol):
+    """A base optimizer that knows the kinetic energy of its last proposal."""
+
+    def kinetic(self) -> Kinetic:
+        """That of the last proposal, in units in which J + K is the energy that falls."""
+
+
+def kinetic_of(base: Optimizer) -> Callable[[Sequence[float], float], Kinetic]:
+    """What gives the kinetic energy of ``base``'s last proposal.
+
+    It takes the ratios of the groups, and the kinetic energy that the last step left.
+
+    Raises:
+        TypeError: no energy is known for this optimizer, as it is set up.
+    """
+    if isinstance(base, Energetic):
+        return lambda ratios, last: base.kinetic()
+    if type(base) is SGD:
+        return lambda ratios, last: _heavy_ball(base, ratios, last)
+    raise TypeError(
+        f"{type(base).__name__} has no energy that is known to fall: INNA, INNAprop and SGD with "
+        "momentum have; or give it a method kinetic, as optim.energy.Energetic describes"
+    )
+
+
+def _heavy_ball(base: SGD, ratios: Sequence[float], last: float) -> Kinetic:
+    """K = sum over groups of s_i/2 ‖m_i‖², where m_i <- mu m_i + g_i moves by s_i = ratio_i s."""
+    slope = 0.0
+    for group, ratio in zip(base.param_groups, ratios, strict=True):
+        for name in ("dampening", "nesterov", "weight_decay"):
+            if group[name]:
+                raise ValueError(
+                    f"{name} is {group[name]}: the energy is that of plain heavy-ball momentum; "
+                    "set it to 0, and add a penalty on the weights to the loss"
+                )
+        if not 0 < group["momentum"] < 1:
+            raise ValueError(f"momentum is {group['momentum']}: heavy ball is between 0 and 1")
+        buffers = [base.state[p]["momentum_buffer"] for p in group["params"] if p.grad is not None]
+        slope += ratio / 2 * inner(buffers, buffers)
+    return Kinetic(before=last, value=0.0, slope=slope, curvature=0.0)
