@@ -59,11 +59,10 @@ def _heavy_ball(base: SGD, ratios: Sequence[float], last: float) -> Kinetic:
     """K = sum over groups of s_i/2 ‖m_i‖², where m_i <- mu m_i + g_i moves by s_i = ratio_i s."""
     slope = 0.0
     for group, ratio in zip(base.param_groups, ratios, strict=True):
-        for name in ("dampening", "nesterov", "weight_decay"):
+        for name in ("dampening", "nesterov"):
             if group[name]:
                 raise ValueError(
-                    f"{name} is {group[name]}: the energy is that of plain heavy-ball momentum; "
-                    "set it to 0, and add a penalty on the weights to the loss"
+                    f"{name} is {group[name]}: the energy is that of plain heavy-ball momentum"
                 )
         if not 0 < group["momentum"] < 1:
             raise ValueError(f"momentum is {group['momentum']}: heavy ball is between 0 and 1")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature import RandomState, SideEffects, gradient
+from optim.penalty import Penalty
 
 
 class Recorder(Protocol):
@@ -26,19 +27,31 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """The closure, what it gave and what recorded it, and the direction d that followed."""
+    """The closure, what it gave and what recorded it, and the direction d that followed.
+
+    What it answers of the loss has the penalty in it.
+    """
 
     closure: Callable[[], Tensor]
     recorder: Recorder
     random: RandomState
     params: list[Tensor]
     losses: Tensor
+    penalty: Penalty
     direction: list[Tensor]
 
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
         """The closure's loss with other values in the parameters, and the same random numbers."""
         with self._moved_to(values), torch.no_grad():
-            return self.closure()
+            return self.closure() + self.penalty.value(values)
+
+    def value(self) -> float:
+        """The mean loss at theta."""
+        return self.losses.double().mean().item() + self.penalty.value(self.params)
+
+    def slope(self, grads: Sequence[Tensor | None]) -> float:
+        """The derivative of the mean loss along d, from the gradient without the penalty."""
+        return inner(self.direction, grads) + self.penalty.slope(self.params, self.direction)
 
     def loss_after(self, step: float) -> float:
         """The mean loss at theta - step d, also if it is NaN or infinite."""
@@ -50,11 +63,12 @@ class Trial:
         eps = torch.finfo(self.losses.dtype).eps
         return 8 * eps * max(abs(loss), self.losses.double().abs().mean().item())
 
-    def gradient_after(self, step: float) -> list[Tensor | None]:
-        """The gradient of the mean loss at theta - step d."""
-        with self._moved_to(self._after(step)), torch.enable_grad():
-            grads: list[Tensor | None] = gradient(self.closure(), self.params)
-            return grads
+    def slope_after(self, step: float) -> float:
+        """The derivative of the mean loss along d at theta - step d."""
+        values = self._after(step)
+        with self._moved_to(values), torch.enable_grad():
+            grads = gradient(self.closure(), self.params)
+        return inner(self.direction, grads) + self.penalty.slope(values, self.direction)
 
     @torch.no_grad()
     def _after(self, step: float) -> Sequence[Tensor]:

@@ -18,6 +18,7 @@ from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
 from optim.estimators.estimator import Plain
 from optim.line import Estimate, Line
+from optim.penalty import penalty_of
 from optim.ranges import check_count, check_positive
 from optim.record import Records, StepRecord
 from optim.rules import Rule
@@ -180,7 +181,10 @@ class Wrapper(Optimizer):
                 if isinstance(grads, str):
                     record = StepRecord(iteration, skipped=grads)
                 else:
-                    trial = Trial(closure, recorder, effects.random, params_now, losses, [])
+                    penalty = penalty_of(self.base, params_now)
+                    trial = Trial(
+                        closure, recorder, effects.random, params_now, losses, penalty, []
+                    )
                     record = self._advance(iteration, trial, grads, due)
                     if record.skipped is None:
                         effects.keep()
@@ -223,8 +227,8 @@ class Wrapper(Optimizer):
         kinetic = None if self._kinetic_of is None else self._kinetic_of(ratios, self._kinetic)
         line = Line(
             iteration,
-            value=trial.losses.double().mean().item(),
-            slope=inner(direction, grads),
+            value=trial.value(),
+            slope=trial.slope(grads),
             squared_norm=inner(direction, direction),
             momentum=momentum(self.base),
             ell=ell,

@@ -44,7 +44,8 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"checked", "ranges", "record", "snapshot", "trial"},
+        {"checked", "penalty", "ranges", "record", "snapshot"},
+        {"trial"},
         {"energy"},
         {"line", "din", "memory", "preconditioned", "schedules"},
         {"direction", "estimators.estimator", "rules.rule"},

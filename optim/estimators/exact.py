@@ -57,8 +57,10 @@ class Exact(Estimator):
         unit, length = trial.unit(line.squared_norm)
         quadratic = tape.directional(unit, per_sample=bool(tape.per_sample))
         samples = quadratic.per_sample or quadratic
-        curvature = quadratic.curvature.double().item() * length**2
-        magnitude = samples.curvature.double().abs().mean().item() * length**2
+        penalty = trial.penalty.curvature(trial.direction)
+        curvature = quadratic.curvature.double().item() * length**2 + penalty
+        bent = samples.curvature.double() * length**2 + penalty
+        magnitude = bent.abs().mean().item()
         if not math.isfinite(magnitude):
             return "the curvature along the direction is NaN or infinite"
         return Estimate(line.slope, curvature, magnitude)

@@ -84,7 +84,8 @@ class GaussNewton(Estimator):
                 "between which and the loss the curvature is taken, are not known"
             )
         unit, length = trial.unit(line.squared_norm)
-        curvature = tape.gauss_newton(unit, tape.outputs).curvature.double().item() * length**2
+        bent = tape.gauss_newton(unit, tape.outputs).curvature.double().item() * length**2
+        curvature = bent + trial.penalty.curvature(trial.direction)
         if not math.isfinite(curvature):
             return "the curvature along the direction is NaN or infinite"
         return Estimate(line.slope, curvature, abs(curvature))

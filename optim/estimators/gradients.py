@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from optim.estimators.estimator import Estimator
 from optim.line import Estimate, Line
-from optim.trial import Trial, inner
+from optim.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GradientDifferences(Estimator):
     """
 
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
-        slope = inner(trial.direction, trial.gradient_after(reach))
+        slope = trial.slope_after(reach)
         if not math.isfinite(slope):
             return "the gradient at a probe is NaN or infinite"
         curvature = (line.slope - slope) / reach

@@ -40,7 +40,7 @@ class Lyapunov(Lipschitz):
     Raises:
         ValueError: beta3 is out of range.
         TypeError, ValueError: (when wrapping, or at a step) the base optimizer has no such
-            energy, or weight decay, for which it does not hold.
+            energy, or decoupled weight decay, for which it does not hold.
 
     Example:
         >>> import torch
