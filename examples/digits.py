@@ -1,7 +1,8 @@
 """Train a small convolutional network on 8x8 digits with step sizes that set themselves.
 
-SGD, RMSprop and INNAprop, each at the best of a small grid of learning rates and each rescaled
-by the curvature along its step with nothing tuned. Prints a table and saves a picture.
+SGD, RMSprop and INNAprop, each at the best of a small grid of learning rates, and each with steps
+from the curvature along them with nothing tuned: by Rescaled, from the exact curvature, and by
+GeN, from the loss at the end of the step. Prints a table and saves a picture.
 
     python examples/digits.py [--smoke] [--out DIR]
 """
@@ -27,7 +28,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from optim import INNAprop, Rescaled
+from optim import GeN, INNAprop, Rescaled
 from optim.schedules import cooldown
 
 mpl.use("Agg")
@@ -39,6 +40,10 @@ BASES: dict[str, tuple[Callable[..., Optimizer], list[float]]] = {
     "SGD": (torch.optim.SGD, [0.03, 0.1, 0.3, 1.0]),
     "RMSprop": (torch.optim.RMSprop, [1e-3, 3e-3, 1e-2, 3e-2]),
     "INNAprop": (INNAprop, [1e-3, 3e-3, 1e-2, 3e-2]),
+}
+WRAPPERS: dict[str, Callable[[Optimizer], Rescaled | GeN]] = {
+    "Rescaled": Rescaled,
+    "GeN": lambda base: GeN(base, phi=1),
 }
 
 
@@ -74,21 +79,21 @@ def make_network() -> nn.Module:
     )
 
 
-def train(base: str, lr: float | None, epochs: int, data: tuple[Tensor, ...], bar: Progress) -> Run:
-    """One run: plain with a cosine schedule at ``lr``, or rescaled if ``lr`` is None."""
+def train(base: str, how: float | str, epochs: int, data: tuple[Tensor, ...], bar: Progress) -> Run:
+    """One run: plain with a cosine schedule at that rate, or in the wrapper of that name."""
     x_train, y_train, x_test, y_test = data
     torch.manual_seed(0)
     network = make_network()
     make, _ = BASES[base]
     batches_per_epoch = len(x_train) // BATCH
     scheduler: LRScheduler
-    if lr is None:
-        name, rate = f"Rescaled({base})", "none"
-        optimizer = Rescaled(make(network.parameters()))
+    if isinstance(how, str):
+        name, rate = f"{how}({base})", "none"
+        optimizer = WRAPPERS[how](make(network.parameters()))
         scheduler = cooldown(optimizer, epochs * batches_per_epoch)
     else:
-        name, rate = f"{base} {lr:g}", f"{lr:g}"
-        optimizer = make(network.parameters(), lr=lr)
+        name, rate = f"{base} {how:g}", f"{how:g}"
+        optimizer = make(network.parameters(), lr=how)
         scheduler = CosineAnnealingLR(optimizer, epochs * batches_per_epoch)
 
     history, steps, accuracy = [], [], 0.0
@@ -98,7 +103,7 @@ def train(base: str, lr: float | None, epochs: int, data: tuple[Tensor, ...], ba
         total, step_total = 0.0, 0.0
         for batch in torch.randperm(len(x_train)).split(BATCH)[:batches_per_epoch]:
             x, y = x_train[batch], y_train[batch]
-            if isinstance(optimizer, Rescaled):
+            if isinstance(optimizer, (Rescaled, GeN)):
                 losses = optimizer.step(
                     lambda x=x, y=y: F.cross_entropy(network(x), y, reduction="none")
                 )
@@ -130,8 +135,8 @@ def evaluate(network: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def plot(runs: dict[str, list[Run]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for color, (plain, rescaled) in zip(("C0", "C1", "C2"), runs.values(), strict=True):
-        for run, style in ((plain, "--"), (rescaled, "-")):
+    for color, of_base in zip(("C0", "C1", "C2"), runs.values(), strict=True):
+        for run, style in zip(of_base, ("--", "-", ":"), strict=True):
             epochs = range(1, len(run.losses) + 1)
             left.semilogy(epochs, run.losses, style, color=color, label=run.name)
             right.semilogy(epochs, run.steps, style, color=color, label=run.name)
@@ -160,15 +165,16 @@ def main() -> None:
             plain = [train(base, lr, epochs, data, bar) for lr in rates]
             best = min(plain, key=lambda run: run.losses[-1])
             best.rate += f" (best of {len(rates)})"
-            runs[base] = [best, train(base, None, epochs, data, bar)]
+            wrapped = [train(base, name, epochs, data, bar) for name in WRAPPERS]
+            runs[base] = [best, *wrapped]
 
     title = f"8x8 digits, batch {BATCH}, after {epochs} epochs"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for header in ("optimizer", "learning rate", "loss", "accuracy", "seconds"):
         justify = "left" if header == "optimizer" else "right"
         table.add_column(header, justify=justify, no_wrap=True)
-    for base, (plain, rescaled) in runs.items():
-        for name, run in ((base, plain), (rescaled.name, rescaled)):
+    for base, (plain, *wrapped) in runs.items():
+        for name, run in ((base, plain), *((run.name, run) for run in wrapped)):
             row = (f"{run.losses[-1]:.1e}", f"{run.accuracy:.1%}", f"{run.seconds:.1f}")
             table.add_row(name, run.rate, *row)
     console.print(table)

@@ -112,7 +112,7 @@ class LinearInRate:
             self._proofs += 1
         self._direction = self._displacement(ratios, self.RATE)
         if self._direction:
-            torch._foreach_div_(list(self._direction.values()), self.RATE)
+            torch._foreach_mul_(list(self._direction.values()), -1 / self.RATE)
         return self._direction
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class LinearInRate:
         return math.inf
 
     def _displacement(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
-        """How far the base's next step at this rate goes, its state advancing."""
+        """Where the base's next step at this rate leads to, its state advancing: -rate d."""
         # The base steps on copies: a write to the parameters themselves, even one taken back,
         # would invalidate the graph that the curvature is still to be computed from.
         groups, state = self._base.param_groups, self._base.state
@@ -149,7 +149,9 @@ class LinearInRate:
                     state[p] = state.pop(twin)
         if not params:
             return {}
-        return dict(zip(params, torch._foreach_sub(params, list(copies.values())), strict=True))
+        moved = [copy.detach() for copy in copies.values()]
+        torch._foreach_sub_(moved, params)
+        return dict(zip(params, moved, strict=True))
 
     def _prove(self, ratios: Sequence[float]) -> bool:
         """Refuse a step that is not linear in lr; false if there was no step to tell from."""

@@ -374,7 +374,8 @@ def _gradient(recorder: Recorder, losses: Any, params: list[Tensor]) -> list[Ten
             return f"{bad} of {losses.numel()} losses are NaN or infinite"
     grads: list[Tensor | None] = recorder.backward(losses, params)
     # The square must be finite too: preconditioners that hold it would never recover.
-    if not math.isfinite(total([g.square().sum().double() for g in grads if g is not None])):
+    norms = torch._foreach_norm([g for g in grads if g is not None])
+    if not math.isfinite(total(norms)):
         return "the gradient, or its square, is NaN or infinite"
     return grads
 
