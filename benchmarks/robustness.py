@@ -1,12 +1,13 @@
 """Whether rescaled training needs no tuning: its final training loss against tuned rates.
 
-    python benchmarks/robustness.py [--quick] [--data DIR] [--out DIR]
+    python benchmarks/robustness.py [--quick] [--data DIR] [--fixed FILE] [--out DIR]
 
 Each optimizer is trained on each task at nine fixed learning rates with a cosine schedule, and
 wrapped with nothing set but the number of steps, by which its schedule cools down. The ratios are
 those of the wrapped runs to the mean over seeds of the best fixed rate: their mean, and in
 brackets the highest. Without ``--data``, a folder with mnist, fashion-mnist and tiny-shakespeare,
 only the digits that come with scikit-learn are used. Writes raw losses as JSON and prints a table.
+``--fixed`` takes those of the fixed rates from an earlier run's JSON.
 """
 
 from __future__ import annotations
@@ -104,11 +105,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one task, two epochs, for CI")
     parser.add_argument("--data", type=Path, help="folder of the larger data sets")
+    parser.add_argument("--fixed", type=Path, help="raw losses of an earlier run")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the raw losses")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     seeds = range(1) if args.quick else range(3)
+    earlier = json.loads(args.fixed.read_text(encoding="utf-8")) if args.fixed else []
+    known = {(run["task"], run["base"]): run["fixed"] for run in earlier}
     raw = []
     table = Table(box=box.SIMPLE_HEAD)
     for header in ("task", "optimizer", "best rate", "its loss", *WRAPPERS):
@@ -116,14 +120,16 @@ def main() -> None:
     for case in track(list(cases(args.data, args.quick)), console=Console(stderr=True)):
         _, first = BASES[case.base]
         rates = [first * 2.0**k for k in range(RATES)][:: 4 if args.quick else 1]
-        fixed = {rate: [train(case, rate, seed) for seed in seeds] for rate in rates}
+        fixed = known.get((case.task, case.base)) or {
+            str(rate): [train(case, rate, seed) for seed in seeds] for rate in rates
+        }
         wrapped = {name: [train(case, name, seed) for seed in seeds] for name in WRAPPERS}
         raw.append({"task": case.task, "base": case.base, "fixed": fixed, "wrapped": wrapped})
         means = {rate: statistics.mean(losses) for rate, losses in fixed.items()}
         rate = min(means, key=lambda r: means[r])
         ratios = {name: [loss / means[rate] for loss in wrapped[name]] for name in WRAPPERS}
         cells = [f"{statistics.mean(r):.2f} ({max(r):.2f})" for r in ratios.values()]
-        table.add_row(case.task, case.base, f"{rate:.2g}", f"{means[rate]:.2g}", *cells)
+        table.add_row(case.task, case.base, f"{float(rate):.2g}", f"{means[rate]:.2g}", *cells)
     Console(width=120).print(table)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "robustness.json"

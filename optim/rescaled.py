@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from optim.estimators import Estimator, Exact
-from optim.rules import Cautious, Rule
+from optim.rules import Cautious, Rule, Trust
 from optim.wrapper import Wrapper
 
 
@@ -14,15 +14,14 @@ class Rescaled(Wrapper):
 
     Around any optimizer whose step is ``theta <- theta - lr d``, the step becomes ``ell r d``::
 
-        c   = mean_b |d^T H_b d| / ‖d‖²                  curvature per unit length
-        L   = max(c, bias-corrected moving average of c)
-        r   = 2 <d, g> / (‖d‖² L)
+        L = mean_b |d^T H_b d| / ‖d‖²                  curvature per unit length
+        r = 2 <d, g> / (‖d‖² L)
 
     ell = 1/2 minimises the quadratic model along d and ell = 1 is the largest step that does
-    not raise it (equation 11). Rescaling d by any factor leaves the iterates unchanged. Without
-    momentum this is the paper's Algorithm 1; with momentum, slope and curvature are bounded by
-    what the last steps saw: see :class:`optim.rules.Cautious`. The paper's rule throughout is
-    ``rule=Lipschitz(), checked=0``.
+    not raise it (equation 11). Rescaling d by any factor leaves the iterates unchanged. With
+    momentum, slope and curvature are bounded by what the last steps saw, and where the samples'
+    curvatures cancel, steps are shorter: see :class:`optim.rules.Cautious`. The paper's rule
+    throughout, which averages L over the steps, is ``rule=Lipschitz(), checked=0``.
 
     ``group["lr"]`` is ell: any torch scheduler drives it, though none is needed.
 
@@ -36,7 +35,8 @@ class Rescaled(Wrapper):
         base: an optimizer whose step is linear in lr (SGD, RMSprop, AdamW, ...), or one that
             can propose and move, as INNA and INNAprop. Its lr serves only for ratios of groups.
         ell: the factor that ``group["lr"]`` is set to.
-        rule: how far to go, of :mod:`optim.rules`.
+        rule: how far to go, of :mod:`optim.rules`; by default ``Cautious()``, or ``Trust()``
+            where several steps share one estimate.
         estimator: how the curvature is measured, of :mod:`optim.estimators`.
         every: how many steps share one estimate of the curvature; the slope is always new.
         checked: at so many first steps the loss is evaluated after the step, on its batch, and
@@ -77,7 +77,7 @@ class Rescaled(Wrapper):
         super().__init__(
             base,
             estimator=Exact() if estimator is None else estimator,
-            rule=Cautious() if rule is None else rule,
+            rule=(Cautious() if every == 1 else Trust()) if rule is None else rule,
             ell=ell,
             every=every,
             checked=checked,

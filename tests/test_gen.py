@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from optim import Rescaled, gen_published
 from optim.line import Line
+from optim.rules import Newton
 
 F64 = torch.float64
 
@@ -105,6 +106,15 @@ def test_the_searched_rate_is_that_of_the_lowest_loss() -> None:
     optimizer.step(closure)
     assert optimizer.records[-1].curvature is None
     optimizer.step(closure)
+    assert optimizer.records[-1].step == pytest.approx(1 / 6)
+
+
+def test_an_exact_curvature_needs_no_search() -> None:
+    w = nn.Parameter(torch.tensor([1.0, -2.0], dtype=F64))
+    optimizer = Rescaled(torch.optim.SGD([w]), ell=1.0, rule=Newton(eta=None), checked=0)
+    with pytest.warns(RuntimeWarning, match="there is no learning rate yet"):
+        optimizer.step(lambda: -w.square().sum())
+    optimizer.step(lambda: 3 * w.square().sum())
     assert optimizer.records[-1].step == pytest.approx(1 / 6)
 
 

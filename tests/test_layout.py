@@ -55,6 +55,7 @@ FLOORS = {
             "estimators.gradients",
             "estimators.probes",
             "estimators.secant",
+            "rules.caution",
             "rules.lipschitz",
             "rules.slope",
         },

@@ -1,6 +1,7 @@
 """Step rules against transcriptions of their equations, and what the wrapper makes of them."""
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import fast_only
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -22,46 +23,55 @@ F64 = torch.float64
 sizes = st.floats(1e-3, 1e3)
 
 
-def cautious(
-    lines: list[tuple[float, float, float, float]], mu: float, beta3: float
-) -> list[float]:
+def cautious(lines: list[tuple[float, float, float, float, float]], mu: float) -> list[float]:
     """The docstring's equations, each sum written out over all steps so far."""
-    rs, lipschitz = [], 0.0
+    rs, lipschitz, q = [], 0.0, 1.0
     for k in range(1, len(lines) + 1):
-        slopes = [s / math.sqrt(n) for s, n, _, _ in lines[:k]]
-        magnitudes = [m / n for _, n, _, m in lines[:k]]
-        signed = [c / n for _, n, c, _ in lines[:k]]
+        slopes = [s / math.sqrt(n) for s, n, _, _, _ in lines[:k]]
+        magnitudes = [m / n for _, n, _, m, _ in lines[:k]]
+        signed = [c / n for _, n, c, _, _ in lines[:k]]
+        values = [v - lines[0][4] for *_, v in lines[:k]]
 
-        def average(values: list[float], beta: float) -> float:
+        def average(values: list[float], beta: float = mu) -> float:
             weights = beta ** np.arange(len(values))[::-1]
             return float(weights @ values / weights.sum())
 
-        lipschitz = max(magnitudes[-1], average(magnitudes, beta3), mu * lipschitz)
-        lower = max(0.0, min(slopes[-1], average(slopes, mu)))
-        agreement = max(0.1, average(signed, beta3) / average(magnitudes, beta3))
+        held = max(mu**2, 1 / 64) * lipschitz
+        lipschitz = max(magnitudes[-1], average(magnitudes), held)
+        lower = max(0.0, min(slopes[-1], average(slopes)))
+        agreement = max(0.1, average(signed) / average(magnitudes))
+        q *= 1 - mu / 20 if average(values, 0.9) > average(values, 0.98) else 1 + mu / 20
+        q = min(max(q, 0.03), 1.0)
         length = math.sqrt(lines[k - 1][1])
-        rs.append((1 - mu**k) * 2 * lower * math.sqrt(agreement) / (length * lipschitz))
+        rs.append((1 - mu**k) * q * 2 * lower * math.sqrt(agreement) / (length * lipschitz))
     return rs
 
 
 @given(
-    lines=st.lists(st.tuples(st.floats(-5, 5), sizes, st.floats(-1, 1), sizes), min_size=1),
+    lines=st.lists(
+        st.tuples(st.floats(-5, 5), sizes, st.floats(-1, 1), sizes, st.floats(0.5, 2)), min_size=1
+    ),
     mu=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
-    beta3=st.sampled_from([0.0, 0.5, 0.9]),
 )
-def test_cautious(lines: list[tuple[float, float, float, float]], mu: float, beta3: float) -> None:
-    lines = [(s, n, share * m, m) for s, n, share, m in lines]  # |mean| is at most mean of |.|
-    rule, state, found = Cautious(beta3), {}, []
-    for k, (slope, squared_norm, curvature, magnitude) in enumerate(lines, start=1):
-        line = Line(k, 1.0, slope, squared_norm, momentum=mu)
+def test_cautious(lines: list[tuple[float, float, float, float, float]], mu: float) -> None:
+    # The mean is at most the mean of absolute values.
+    lines = [(s, n, share * m, m, v) for s, n, share, m, v in lines]
+    rule, state, found = Cautious(), {}, []
+    for k, (slope, squared_norm, curvature, magnitude, value) in enumerate(lines, start=1):
+        line = Line(k, value, slope, squared_norm, momentum=mu)
         r, state = rule.choose(line, Estimate(slope, curvature, magnitude), state)
         found.append(r)
-    assert found == pytest.approx(cautious(lines, mu, beta3), rel=1e-9, abs=1e-12)
+    assert found == pytest.approx(cautious(lines, mu), rel=1e-9, abs=1e-12)
 
 
 @given(lines=st.lists(st.tuples(st.floats(1e-3, 5), sizes, sizes), min_size=1, max_size=5))
-def test_without_momentum_cautious_is_algorithm_1(lines: list[tuple[float, float, float]]) -> None:
-    rules, states = (Cautious(), Lipschitz()), [{}, {}]
+def test_without_momentum_cautious_is_algorithm_1_without_memory(
+    lines: list[tuple[float, float, float]],
+) -> None:
+    """Where the curvature does not fall off a cliff."""
+    lines = [(s, n, c * n) for s, n, c in lines]
+    assume(all(64 * b[2] / b[1] >= a[2] / a[1] for a, b in itertools.pairwise(lines)))
+    rules, states = (Cautious(), Lipschitz(beta3=0.0)), [{}, {}]
     for k, (slope, squared_norm, curvature) in enumerate(lines, start=1):
         line, estimate = Line(k, 1.0, slope, squared_norm), Estimate(slope, curvature, curvature)
         rs = []
@@ -220,7 +230,9 @@ def test_every_combination_trains(base: str, estimator: str, rule: str, every: i
     values = [r.value for r in optimizer.records]
     assert optimizer.skipped == 0
     assert all(v is not None and math.isfinite(v) for v in values)
-    if rule in ("Cautious", "Trust", "Lyapunov"):  # the others, as published, may overshoot
+    if rule in ("Trust", "Lyapunov") or (
+        rule == "Cautious" and every == 1
+    ):  # the others, as published, may overshoot
         assert max(values) < 2 * values[0]
         assert values[-1] < values[0]
     found = [r.curvature for r in optimizer.records if r.curvature is not None]
@@ -300,7 +312,7 @@ def test_robbins_monro_bounds(r: float, k: int, delta: float, ell: float) -> Non
     ("make", "message"),
     [
         (lambda: Lipschitz(beta3=1.0), "beta3 is 1.0"),
-        (lambda: Cautious(beta3=-0.1), "beta3 is -0.1"),
+        (lambda: Lyapunov(beta3=-0.1), "beta3 is -0.1"),
         (lambda: Trust(beta3=1.0), "beta3 is 1.0"),
         (lambda: Newton(eta=0.0), "eta is 0.0"),
         (lambda: Newton(gamma=1.0), "gamma is 1.0"),

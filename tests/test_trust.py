@@ -131,6 +131,17 @@ def test_the_chord_is_that_of_the_loss(mu: float) -> None:
     assert len(reaches) == 2
 
 
+def test_an_exact_curvature_is_trusted_at_once() -> None:
+    """And refuses a first step along which the loss does not bend."""
+    x = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    optimizer = Rescaled(torch.optim.SGD([x]), ell=0.5, every=2)
+    with pytest.warns(RuntimeWarning, match="no curvature along the direction"):
+        optimizer.step(lambda: x.sum())
+    optimizer.step(lambda: 3 * x.square().sum())
+    assert x.item() == pytest.approx(0)
+    assert isinstance(optimizer.rule, Trust)
+
+
 def test_rounding_counts_as_no_curvature() -> None:
     """Of a float32 loss of 1e4 at a distance where it changes by less than its last digit."""
     x = nn.Parameter(torch.tensor([1.0]))

@@ -31,7 +31,7 @@ class Estimator(ABC):
         return Plain()
 
     def first_reach(self, trial: Trial, line: Line) -> float:
-        """How far to go before any step was taken, in units of d."""
+        """How far along d to look before any step was taken; infinite if only at theta."""
         size = 1 + math.sqrt(inner(trial.params, trial.params))
         return _FIRST_REACH * size / math.sqrt(line.squared_norm)
 

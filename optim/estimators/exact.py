@@ -51,6 +51,9 @@ class Exact(Estimator):
     def recorder(self) -> Tape:
         return _Tape(self.per_sample)
 
+    def first_reach(self, trial: Trial, line: Line) -> float:
+        return math.inf
+
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         tape = trial.recorder
         assert isinstance(tape, _Tape)

@@ -75,6 +75,9 @@ class GaussNewton(Estimator):
     def recorder(self) -> Tape:
         return _Watching(self.model)
 
+    def first_reach(self, trial: Trial, line: Line) -> float:
+        return math.inf
+
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         tape = trial.recorder
         assert isinstance(tape, _Watching)

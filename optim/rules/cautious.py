@@ -6,42 +6,42 @@ import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
-from optim.rules.lipschitz import Lipschitz, newton_step
-from optim.rules.rule import State
+from optim.rules.caution import cautioned
+from optim.rules.lipschitz import newton_step
+from optim.rules.rule import Rule, State
 from optim.rules.slope import lower_slope
 
 _LEAST_AGREEMENT = 0.1
+_CAUTION = 1 / 20
+_LEAST_MEMORY = 1 / 64
 
 
 @dataclass(frozen=True)
-class Cautious(Lipschitz):
-    """:class:`Lipschitz` with bounds that remember as long as the base's momentum mu.
+class Cautious(Rule):
+    """Algorithm 1 of *Adaptive scaling*, its memory as long as the base's momentum mu.
 
     ::
 
         b = <d, g> / ‖d‖                               slope per unit length
-        B = max(0, min(b, bias-corrected moving average of b with mu))
+        B = max(0, min(b, moving average of b))
         c = mean_b |d^T H_b d| / ‖d‖²
-        L = max(c, bias-corrected moving average of c with beta3, mu times the last L)
+        L = max(c, moving average of c, max(mu², 1/64) times the last L)
         a = moving average of d^T H d / ‖d‖² over that of c, at least 1/10
-        r = (1 - mu^k) 2 B sqrt(a) / (‖d‖ L)
+        r = (1 - mu^k) q 2 B sqrt(a) / (‖d‖ L)
 
-    A direction with momentum holds the gradients of about 1 / (1 - mu) steps, so that one batch
-    knows less of it: its own gradient counts in b as if the loss fell by it for all batches, and
-    a batch whose curvature is small says nothing of those before. So the lower slope and the
-    higher curvature are taken, over the time that the direction remembers, and the first steps
-    are shorter, until it has filled. a tells how far the curvatures of the samples agree: where
-    they cancel, the step is beyond what a quadratic tells. Between estimates the step r ‖d‖ may
-    fall but not grow, since a steeper slope tells of a curvature that has grown.
+    with bias-corrected averages that decay with mu. A direction with momentum holds the
+    gradients of about 1 / (1 - mu) steps, so that one batch knows less of it: its own gradient
+    counts in b as if the loss fell by it for all batches, and a batch whose curvature is small
+    says nothing of those before. So the lower slope and the higher curvature are taken, over the
+    time that the direction remembers, and the first steps are shorter, until it has filled.
+    Without momentum little is remembered: a curvature falls to 1/64 a step at most, so that a
+    batch without any is not followed for ever. a tells how far the curvatures of the samples agree:
+    where they cancel, the step is beyond what a quadratic tells. q falls by mu/20 at steps where
+    the loss of the last ten is above that of the last fifty, and rises by it at others, within
+    [0.03, 1]. Between estimates the step r ‖d‖ may fall but not grow, since a steeper slope tells
+    of a curvature that has grown.
 
-    Without momentum and with a = 1 this is Algorithm 1 of *Adaptive scaling of the learning
-    rate*. Found by experiment: see docs/robustness.md.
-
-    Args:
-        beta3: decay of the moving average of the curvature, in [0, 1).
-
-    Raises:
-        ValueError: beta3 is out of range.
+    Found by experiment: see docs/robustness.md.
 
     Example:
         >>> from optim.line import Estimate, Line
@@ -56,24 +56,31 @@ class Cautious(Lipschitz):
     ) -> tuple[float | str, State]:
         if line.squared_norm == 0:
             return 0.0, state
-        mu, last = line.momentum, state.get("lipschitz", 0.0)
-        state = self.averaged(line, estimate, state)
-        if estimate is not None:
-            c = estimate.curvature / line.squared_norm
-            signed = self.beta3 * state.get("signed", 0.0) + (1 - self.beta3) * c
-            highest = max(state["lipschitz"], mu * last)
-            state = {**state, "lipschitz": highest, "signed": signed}
-        length = math.sqrt(line.squared_norm)
+        mu, length = line.momentum, math.sqrt(line.squared_norm)
         lower, filled, state = lower_slope(line, state)
-        # Both averages lack the same weight, which cancels.
-        agreement = _ratio(state.get("signed", 0.0), state.get("average", 0.0))
-        reduced = filled * 2 * lower * math.sqrt(max(agreement, _LEAST_AGREEMENT))
-        r = newton_step(reduced, length * state.get("lipschitz", 0.0))
+        if estimate is not None:
+            state = _measured(estimate, line, state)
+        state = cautioned(line, state, mu * _CAUTION)
+        agreement = max(_LEAST_AGREEMENT, _ratio(state["signed"], state["average"]))
+        reduced = filled * state["caution"] * 2 * lower * math.sqrt(agreement)
+        r = newton_step(reduced, length * state["lipschitz"])
         if isinstance(r, str):
             return r, state
         if estimate is None:
             r = min(r, state["length"] / length)
         return r, {**state, "length": r * length}
+
+
+def _measured(estimate: Estimate, line: Line, state: State) -> State:
+    mu = line.momentum
+    c, signed = (x / line.squared_norm for x in (estimate.magnitude, estimate.curvature))
+    unseen = mu * state.get("unseen", 1.0)
+    average = mu * state.get("average", 0.0) + (1 - mu) * c
+    # Both averages lack the same weight, which cancels in their ratio.
+    signed = mu * state.get("signed", 0.0) + (1 - mu) * signed
+    held = max(mu**2, _LEAST_MEMORY) * state.get("lipschitz", 0.0)
+    highest = max(c, average / (1 - unseen), held)
+    return {**state, "unseen": unseen, "average": average, "signed": signed, "lipschitz": highest}
 
 
 def _ratio(a: float, b: float) -> float:

@@ -9,6 +9,8 @@ from optim.line import Estimate, Line
 from optim.ranges import check_decay
 from optim.rules.rule import Rule, State
 
+NO_CURVATURE = "the loss has no curvature along the direction, so no step length follows"
+
 
 @dataclass(frozen=True)
 class Lipschitz(Rule):
@@ -68,5 +70,5 @@ def newton_step(slope: float, curvature: float) -> float | str:
     """Their ratio, or that there is none."""
     r = math.inf if curvature == 0 else slope / curvature
     if not math.isfinite(r):
-        return "the loss has no curvature along the direction, so no step length follows"
+        return NO_CURVATURE
     return r

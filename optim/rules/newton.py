@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
@@ -23,7 +24,7 @@ class Newton(Rule):
 
     Args:
         eta: the first learning rate; None takes the one that the estimator searches out, at the
-            first step and without a fit there.
+            first step and without a fit there, or the fit if it does not search.
         gamma: smoothing, in [0, 1); 0 takes each estimate as it is.
 
     Raises:
@@ -50,7 +51,10 @@ class Newton(Rule):
         eta = self.reach(line, state)
         if eta is None:
             assert estimate is not None
-            return estimate.reach, {"eta": estimate.reach}
+            eta = estimate.reach
+            if eta == math.inf:
+                return _unsearched(estimate)
+            return eta, {"eta": eta}
         if estimate is not None and estimate.curvature > 0 and estimate.slope > 0:
             eta = self.gamma * eta + (1 - self.gamma) * estimate.slope / estimate.curvature
         return eta, {"eta": eta}
@@ -65,3 +69,10 @@ class Newton(Rule):
     def after_bad_probe(self, state: State) -> State:
         eta = state.get("eta", self.eta)
         return state if eta is None else {"eta": eta / 2}
+
+
+def _unsearched(estimate: Estimate) -> tuple[float | str, State]:
+    if estimate.curvature > 0 and estimate.slope > 0:
+        eta = estimate.slope / estimate.curvature
+        return eta, {"eta": eta}
+    return "slope or curvature is not positive, and there is no learning rate yet", {}

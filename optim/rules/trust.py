@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
-from optim.rules.lipschitz import Lipschitz
+from optim.rules.caution import cautioned
+from optim.rules.lipschitz import NO_CURVATURE, Lipschitz
 from optim.rules.rule import State
 from optim.rules.slope import lower_slope
 
 _GROWTH = 4.0  # of the trusted length at an estimate
 _LEAST = 0.5  # of it that is kept there
-_RECENT, _LONGER = 0.9, 0.98  # decays of the moving averages of the loss
-_SHRINK, _RECOVER, _LOWEST = 0.95, 1.05, 0.03  # of the caution
+_CAUTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Trust(Lipschitz):
 
     A step after one whose loss was above twice the average of the last ten is measured too.
 
-    T is the distance at which estimators that probe take the next loss. A parabola without
+    T is the distance at which estimators that probe take the next loss; where none is taken, the
+    first step is as long as the curvature says. A parabola without
     curvature, or with its minimum far off, makes T four times as long and no more; a step that
     one batch wants short makes all shorter until the next estimate. The loss alone tells whether
     steps that are right for each batch are too long for all of them, and q answers.
@@ -71,10 +72,12 @@ class Trust(Lipschitz):
         else:
             trusted = state.get("trusted", estimate.reach * length)
             going = min(wanted, _GROWTH * trusted)
+            if going == math.inf:
+                return NO_CURVATURE, state
             if going > 0:
-                trusted = max(going, _LEAST * trusted)
+                trusted = going if trusted == math.inf else max(going, _LEAST * trusted)
             state = {**state, "trusted": trusted}
-        state = _cautioned(line, state)
+        state = cautioned(line, state, _CAUTION)
         return filled * state["caution"] * going / length, state
 
     def due(self, iteration: int, every: int, state: State) -> bool:
@@ -85,25 +88,3 @@ class Trust(Lipschitz):
 
     def after_bad_probe(self, state: State) -> State:
         return {**state, "trusted": state["trusted"] / _GROWTH} if "trusted" in state else state
-
-
-def _cautioned(line: Line, state: State) -> State:
-    """With the moving averages of the loss renewed, and what follows from them."""
-    first, steps = state.get("first", line.value), state.get("steps", 0)
-    recent, longer = state.get("recent", 0.0), state.get("longer", 0.0)
-    before = first + recent / (1 - _RECENT**steps) if steps else line.value
-    steps += 1
-    # Around the first loss, so that the two are exactly the same where it never changes.
-    recent = _RECENT * recent + (1 - _RECENT) * (line.value - first)
-    longer = _LONGER * longer + (1 - _LONGER) * (line.value - first)
-    rising = recent / (1 - _RECENT**steps) > longer / (1 - _LONGER**steps)
-    caution = state.get("caution", 1.0) * (_SHRINK if rising else _RECOVER)
-    return {
-        **state,
-        "first": first,
-        "steps": steps,
-        "recent": recent,
-        "longer": longer,
-        "caution": min(max(caution, _LOWEST), 1.0),
-        "surprised": float(line.value - before > abs(before)),
-    }
