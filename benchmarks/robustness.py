@@ -1,6 +1,6 @@
 """Whether rescaled training needs no tuning: its final training loss against tuned rates.
 
-    python benchmarks/robustness.py [--quick] [--data DIR] [--fixed FILE] [--out DIR]
+    python benchmarks/robustness.py [--quick] [--data DIR] [--fixed FILE] [--jobs N] [--out DIR]
 
 Each optimizer is trained on each task at nine fixed learning rates with a cosine schedule, and
 wrapped with nothing set but the number of steps, by which its schedule cools down. The ratios are
@@ -17,6 +17,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,36 +102,49 @@ def train(case: Case, how: float | str, seed: int) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
+def losses(case: Case, seeds: range, rates: list[float]) -> dict[str, dict[str, list[float]]]:
+    """Of the fixed rates and of the wrappers, one for each seed."""
+    return {
+        "fixed": {str(rate): [train(case, rate, seed) for seed in seeds] for rate in rates},
+        "wrapped": {name: [train(case, name, seed) for seed in seeds] for name in WRAPPERS},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one task, two epochs, for CI")
     parser.add_argument("--data", type=Path, help="folder of the larger data sets")
     parser.add_argument("--fixed", type=Path, help="raw losses of an earlier run")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the raw losses")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     seeds = range(1) if args.quick else range(3)
     earlier = json.loads(args.fixed.read_text(encoding="utf-8")) if args.fixed else []
     known = {(run["task"], run["base"]): run["fixed"] for run in earlier}
+    todo = list(cases(args.data, args.quick))
+    with ProcessPoolExecutor(args.jobs, initializer=partial(torch.set_num_threads, 1)) as pool:
+        waiting = []
+        for case in todo:
+            rates = [BASES[case.base][1] * 2.0**k for k in range(RATES)]
+            rates = [] if (case.task, case.base) in known else rates[:: 4 if args.quick else 1]
+            waiting.append(pool.submit(losses, case, seeds, rates))
+        tracked = track(waiting, console=Console(stderr=True))
+        found = [future.result() for future in tracked]
+
     raw = []
     table = Table(box=box.SIMPLE_HEAD)
     for header in ("task", "optimizer", "best rate", "its loss", *WRAPPERS):
         table.add_column(header, justify="left" if header in ("task", "optimizer") else "right")
-    for case in track(list(cases(args.data, args.quick)), console=Console(stderr=True)):
-        _, first = BASES[case.base]
-        rates = [first * 2.0**k for k in range(RATES)][:: 4 if args.quick else 1]
-        fixed = known.get((case.task, case.base)) or {
-            str(rate): [train(case, rate, seed) for seed in seeds] for rate in rates
-        }
-        wrapped = {name: [train(case, name, seed) for seed in seeds] for name in WRAPPERS}
-        raw.append({"task": case.task, "base": case.base, "fixed": fixed, "wrapped": wrapped})
-        means = {rate: statistics.mean(losses) for rate, losses in fixed.items()}
+    for case, run in zip(todo, found, strict=True):
+        run["fixed"] = run["fixed"] or known[case.task, case.base]
+        raw.append({"task": case.task, "base": case.base, **run})
+        means = {rate: statistics.mean(values) for rate, values in run["fixed"].items()}
         rate = min(means, key=lambda r: means[r])
-        ratios = {name: [loss / means[rate] for loss in wrapped[name]] for name in WRAPPERS}
-        cells = [f"{statistics.mean(r):.2f} ({max(r):.2f})" for r in ratios.values()]
-        table.add_row(case.task, case.base, f"{float(rate):.2g}", f"{means[rate]:.2g}", *cells)
-    Console(width=120).print(table)
+        ratios = [[loss / means[rate] for loss in values] for values in run["wrapped"].values()]
+        cells = [f"{statistics.mean(r):.2g} ({max(r):.2g})" for r in ratios]
+        numbers = (f"{float(rate):.2g}", f"{means[rate]:.2g}")
+        table.add_row(case.task, case.base, *numbers, *cells)
+    Console(width=150).print(table)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "robustness.json"
     path.write_text(json.dumps(raw, indent=1), encoding="utf-8")
