@@ -17,6 +17,7 @@ from optim.direction import momentum, proposer
 from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
 from optim.estimators.estimator import Plain
+from optim.groups import check_group, check_rate
 from optim.line import Estimate, Line
 from optim.penalty import penalty_of
 from optim.ranges import check_count, check_positive
@@ -62,8 +63,8 @@ class Wrapper(Optimizer):
         check_count("every", every)
         check_count("checked", checked, 0)
         for group in base.param_groups:
-            _check_group(group)
-            _check_rate(group)
+            check_group(group)
+            check_rate(group)
         fastest = max(float(group["lr"]) for group in base.param_groups)
         for group in base.param_groups:
             group["lr"] = ell * float(group["lr"]) / fastest if fastest > 0 else ell
@@ -116,10 +117,10 @@ class Wrapper(Optimizer):
         """
         # A base may have bounds for its own lr, which ell need not meet.
         ell = param_group.get("lr", self.defaults["lr"])
-        _check_rate({"lr": ell})
+        check_rate({"lr": ell})
         self.base.add_param_group({**param_group, "lr": 0.0})
         group = self.param_groups.pop()
-        _check_group(group)
+        check_group(group)
         self.param_groups.append({**group, "lr": ell})
 
     def step(  # type: ignore[override]
@@ -161,7 +162,7 @@ class Wrapper(Optimizer):
                 f"one per sample, without calling backward; it was given {type(closure).__name__}"
             )
         for group in self.param_groups:
-            _check_rate(group)
+            check_rate(group)
         params = [p for group in self.param_groups for p in group["params"]]
         old_grads = [p.grad for p in params]
         iteration = self.iteration + 1
@@ -378,27 +379,3 @@ def _gradient(recorder: Recorder, losses: Any, params: list[Tensor]) -> list[Ten
     if not math.isfinite(total(norms)):
         return "the gradient, or its square, is NaN or infinite"
     return grads
-
-
-def _check_rate(group: dict[str, Any]) -> None:
-    if "lr" not in group:
-        raise TypeError("the base optimizer has no lr in its groups, by which to set its step")
-    if not 0 <= float(group["lr"]) < math.inf:
-        raise ValueError(f"lr is {group['lr']}; it must be finite and at least 0")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    if group.get("maximize"):
-        raise ValueError("maximize=True cannot be wrapped; negate the loss instead")
-    if group.get("differentiable"):
-        raise ValueError("differentiable=True cannot be wrapped: no graph is kept of a step")
-    if "initial_lr" in group:
-        raise ValueError(
-            "a scheduler is attached to the base optimizer already; attach it to the wrapper, "
-            "after wrapping: there lr is the factor ell"
-        )
-    for p in group["params"]:
-        if p.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"a parameter has dtype {p.dtype}; only float32 and float64 can be used"
-            )

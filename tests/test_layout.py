@@ -44,7 +44,7 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"checked", "penalty", "ranges", "record", "snapshot"},
+        {"checked", "groups", "penalty", "ranges", "record", "snapshot"},
         {"trial"},
         {"energy"},
         {"line", "din", "memory", "preconditioned", "schedules"},
