@@ -131,11 +131,21 @@ def test_groups_of_their_own_share_one_energy(kind: str) -> None:
         groups[1] |= {"momentum": 0.3}
         base = torch.optim.SGD(groups, momentum=0.9)
     both = lambda: closure() + (y.square().sum() - x @ y) / 2  # noqa: E731
+
+    def kinetic(group: dict) -> float:
+        (p,) = group["params"]
+        if kind == "INNA":
+            return din_energy(0.0, p, optimizer.state[p], group)
+        s = optimizer.records[-1].step * group["lr"]  # ell is 1, the other group's share of it
+        return s / 2 * optimizer.state[p]["momentum_buffer"].square().sum().item()
+
     optimizer = Rescaled(base, rule=Lyapunov(beta3=0.0), ell=1.0, checked=0)
+    energies = [both().item()]
     for _ in range(8):
         optimizer.step(both)
-    energies = [record.energy for record in optimizer.records]
-    assert energies == pytest.approx([energies[0]] * 8, rel=1e-9)
+        energies.append(both().item() + sum(map(kinetic, optimizer.param_groups)))
+    assert energies == pytest.approx([energies[0]] * 9, rel=1e-9)
+    assert [record.energy for record in optimizer.records] == pytest.approx(energies[:-1])
 
 
 @pytest.mark.parametrize("estimator", [Exact(), Probes()])

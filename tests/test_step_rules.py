@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import fast_only
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -53,6 +53,9 @@ def cautious(lines: list[tuple[float, float, float, float, float]], mu: float) -
     ),
     mu=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
 )
+@example(lines=[(1.0, 1.0, 1.0, 1000.0, 1.0), (1.0, 1.0, 1.0, 1.0, 1.0)], mu=0.9)
+@example(lines=[(1.0, 1.0, 1.0, 1000.0, 1.0), (1.0, 1.0, 1.0, 1.0, 1.0)], mu=0.0)
+@example(lines=[(1.0, 1.0, 0.5, 2.0, 1.0), (-3.0, 1.0, 0.5, 2.0, 5.0)] * 4, mu=0.9)
 def test_cautious(lines: list[tuple[float, float, float, float, float]], mu: float) -> None:
     # The mean is at most the mean of absolute values.
     lines = [(s, n, share * m, m, v) for s, n, share, m, v in lines]

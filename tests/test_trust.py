@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -58,6 +58,8 @@ def trust(
     beta3=st.sampled_from([0.0, 0.7]),
     phi=st.integers(1, 4),
 )
+@example(lines=[(1.0, 1.0, 9.0, 1.0), (1.0, 1.0, 1.0, 1.5)] * 6, mu=0.9, beta3=0.7, phi=2)
+@example(lines=[(1.0, 1.0, 1e-3, 1.0), (-1.0, 1.0, 1.0, 1.0)] * 4, mu=0.0, beta3=0.7, phi=1)
 def test_trust(
     lines: list[tuple[float, float, float, float]], mu: float, beta3: float, phi: int
 ) -> None:
