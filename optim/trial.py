@@ -104,7 +104,7 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
     """<left, right>, summed in float64; None is zero."""
     pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
     found = total([_blockwise(a.flatten(), b.flatten()) for a, b in pairs])
-    if found == 0 or not abs(found) < math.inf or abs(found) < _SMALL:
+    if not _SMALL <= abs(found) < math.inf:
         # Products of single precision may have left its range.
         found = total([torch.dot(a.flatten().double(), b.flatten().double()) for a, b in pairs])
     return found
