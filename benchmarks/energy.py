@@ -25,11 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from optim import INNA, GeN, INNAprop, Rescaled
 from optim.rules import Lyapunov
-from optim.schedules import cooldown
 
 METHODS: dict[str, tuple[Callable[..., Optimizer], float]] = {
     "INNA (0.5, 0.1)": (INNA, 2.0**-4),
@@ -121,16 +119,7 @@ def mean(run: Callable[[int], float], seeds: range) -> float:
 def at_rate(make: Callable[..., Optimizer], rate: float, epochs: int, seed: int) -> float:
     torch.manual_seed(seed)
     task = tasks.digits("tanh", 128, epochs)
-    base = make(task.model.parameters(), lr=rate)
-    cosine = CosineAnnealingLR(base, task.steps)
-    for _ in range(epochs):
-        for x, y in task.batches():
-            base.zero_grad()
-            task.losses(x, y).mean().backward()
-            base.step()
-            cosine.step()
-    loss = task.training_loss()
-    return loss if math.isfinite(loss) else math.inf
+    return task.train(make(task.model.parameters(), lr=rate))
 
 
 def wrapped(
@@ -141,13 +130,7 @@ def wrapped(
 ) -> float:
     torch.manual_seed(seed)
     task = tasks.digits("tanh", 128, epochs)
-    optimizer = wrap(make(task.model.parameters()))
-    scheduler = cooldown(optimizer, task.steps)
-    for _ in range(epochs):
-        for x, y in task.batches():
-            optimizer.step(partial(task.losses, x, y))
-            scheduler.step()
-    return task.training_loss()
+    return task.train_wrapped(wrap(make(task.model.parameters())))
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,10 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from optim import GeN, Rescaled, gen_published
-from optim.schedules import cooldown
 
 RATES = 9  # by factors of two
 BASES: dict[str, tuple[Callable[..., Optimizer], float]] = {
@@ -83,23 +80,7 @@ def train(case: Case, how: float | str, seed: int) -> float:
     make, _ = BASES[case.base]
     base = make(task.model.parameters(), lr=1.0 if isinstance(how, str) else how)
     torch.manual_seed(100 + seed)  # all runs of a seed see the same batches
-    if isinstance(how, str):
-        optimizer = WRAPPERS[how](base)
-        scheduler = cooldown(optimizer, task.steps)
-        for _ in range(task.epochs):
-            for x, y in task.batches():
-                optimizer.step(partial(task.losses, x, y))
-                scheduler.step()
-    else:
-        cosine = CosineAnnealingLR(base, task.steps)
-        for _ in range(task.epochs):
-            for x, y in task.batches():
-                base.zero_grad()
-                task.losses(x, y).mean().backward()
-                base.step()
-                cosine.step()
-    loss = task.training_loss()
-    return loss if math.isfinite(loss) else math.inf
+    return task.train_wrapped(WRAPPERS[how](base)) if isinstance(how, str) else task.train(base)
 
 
 def losses(case: Case, seeds: range, rates: list[float]) -> dict[str, dict[str, list[float]]]:

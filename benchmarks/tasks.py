@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,11 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from optim import GeN, Rescaled
+from optim.schedules import cooldown
 
 
 @dataclass
@@ -39,14 +46,34 @@ class Task:
             F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y).mean(1)
         )
 
+    def train(self, base: Optimizer) -> float:
+        """The training loss in the end under a cosine schedule."""
+        cosine = CosineAnnealingLR(base, self.steps)
+        for _ in range(self.epochs):
+            for x, y in self.batches():
+                base.zero_grad()
+                self.losses(x, y).mean().backward()
+                base.step()
+                cosine.step()
+        return self.training_loss()
+
+    def train_wrapped(self, optimizer: Rescaled | GeN) -> float:
+        """The same under the wrapper's own schedule, with nothing set."""
+        scheduler = cooldown(optimizer, self.steps)
+        for _ in range(self.epochs):
+            for x, y in self.batches():
+                optimizer.step(partial(self.losses, x, y))
+                scheduler.step()
+        return self.training_loss()
+
     @torch.no_grad()
     def training_loss(self) -> float:
-        """With the statistics of each batch where they enter, as in training."""
+        """With the statistics of each batch where they enter, as in training; never NaN."""
         before = {name: b.clone() for name, b in self.model.named_buffers()}
         loss = torch.cat([self.losses(x, y) for x, y in self.sample]).mean().item()
         for name, b in self.model.named_buffers():
             b.copy_(before[name])
-        return loss
+        return loss if math.isfinite(loss) else math.inf
 
 
 def _epoch(x: Tensor, y: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optim.checked import Checked
 from optim.energy import Kinetic
-from optim.trial import inner
+from optim.inner import inner
 
 
 @dataclass(eq=False)

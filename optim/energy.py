@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch.optim import SGD, Optimizer
 
-from optim.trial import inner
+from optim.inner import inner
 
 
 @dataclass(frozen=True)

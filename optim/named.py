@@ -45,14 +45,7 @@ def gen_published(
         >>> [round(record.step, 9) for record in optimizer.records]
         [0.004, 0.007]
     """
-    return Rescaled(
-        base,
-        ell=1.0,
-        rule=Newton(eta=eta, gamma=gamma),
-        estimator=Probes(points=points, degree=degree),
-        every=phi,
-        checked=0,
-    )
+    return _newton(base, Probes(points=points, degree=degree), eta, gamma, phi)
 
 
 def lqa(base: Optimizer, *, eta: float = 1e-3) -> Rescaled:
@@ -78,7 +71,7 @@ def lqa(base: Optimizer, *, eta: float = 1e-3) -> Rescaled:
         >>> round(optimizer.records[-1].step, 9)
         0.01
     """
-    return _every_step(base, Probes(), eta)
+    return gen_published(base, eta=eta, gamma=0.0, phi=1)
 
 
 def qlabgrad(base: Optimizer, *, eta: float = 1e-3) -> Rescaled:
@@ -103,7 +96,7 @@ def qlabgrad(base: Optimizer, *, eta: float = 1e-3) -> Rescaled:
         >>> round(optimizer.records[-1].step, 9)
         0.01
     """
-    return _every_step(base, Probes(points=(1.0,), exact_slope=True), eta)
+    return _newton(base, Probes(points=(1.0,), exact_slope=True), eta)
 
 
 def gen_hod(base: Optimizer, *, eta: float = 1e-3) -> Rescaled:
@@ -126,9 +119,15 @@ def gen_hod(base: Optimizer, *, eta: float = 1e-3) -> Rescaled:
         >>> optimizer.records[-1].step
         0.01
     """
-    return _every_step(base, Exact(per_sample=False), eta)
+    return _newton(base, Exact(per_sample=False), eta)
 
 
-def _every_step(base: Optimizer, estimator: Exact | Probes, eta: float) -> Rescaled:
-    rule = Newton(eta=eta, gamma=0.0)
-    return Rescaled(base, ell=1.0, rule=rule, estimator=estimator, checked=0)
+def _newton(
+    base: Optimizer,
+    estimator: Exact | Probes,
+    eta: float | None,
+    gamma: float = 0.0,
+    every: int = 1,
+) -> Rescaled:
+    rule = Newton(eta=eta, gamma=gamma)
+    return Rescaled(base, ell=1.0, rule=rule, estimator=estimator, every=every, checked=0)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from optim.inner import inner
 
 # Of torch's optimizers; others say it themselves in an attribute coupled_weight_decay.
 _COUPLED = {"SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Adam", "NAdam", "RAdam"}
@@ -38,7 +39,7 @@ class Penalty:
 
     def _inner(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
         return sum(
-            weight * torch.dot(a.detach().flatten().double(), b.flatten().double()).item()
+            weight * inner([a.detach()], [b])
             for weight, a, b in zip(self.weights, left, right, strict=True)
             if weight
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature import RandomState, SideEffects, gradient
+from optim.inner import inner
 from optim.penalty import Penalty
 
 
@@ -86,6 +87,11 @@ class Trial:
             for p, data in zip(self.params, own, strict=True):
                 p.data = data
 
+    def share(self, share: float, squared_norm: float) -> float:
+        """How far along d is that share of 1 + ‖theta‖, in units of d."""
+        size = 1 + math.sqrt(inner(self.params, self.params))
+        return share * size / math.sqrt(squared_norm)
+
     def unit(self, squared_norm: float) -> tuple[list[Tensor], float]:
         """d over a power of two that makes it about unit length, and that power.
 
@@ -93,34 +99,3 @@ class Trial:
         """
         length = 2.0 ** round(math.log2(squared_norm) / 2)
         return list(torch._foreach_div(self.direction, length)), length
-
-
-_SMALL = 1e-25
-_BLOCK = 2**12  # entries; of longer sums single precision loses digits
-_WHOLE = 2**15  # up to here their own kernel sums in several parts anyway
-
-
-def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
-    """<left, right>, summed in float64; None is zero."""
-    pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
-    found = total([_blockwise(a.flatten(), b.flatten()) for a, b in pairs])
-    if not _SMALL <= abs(found) < math.inf:
-        # Products of single precision may have left its range.
-        found = total([torch.dot(a.flatten().double(), b.flatten().double()) for a, b in pairs])
-    return found
-
-
-def _blockwise(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype != torch.float32 or len(a) <= _WHOLE:
-        return torch.dot(a, b).double()
-    whole = len(a) - len(a) % _BLOCK
-    blocks = a[:whole].view(-1, _BLOCK), b[:whole].view(-1, _BLOCK)
-    sums: Tensor = torch.linalg.vecdot(*blocks)
-    return sums.double().sum() + torch.dot(a[whole:], b[whole:]).double()
-
-
-def total(numbers: Sequence[Tensor]) -> float:
-    """The sum of scalars that may be on different devices."""
-    if not numbers:
-        return 0.0
-    return torch.stack([x.to(numbers[0].device) for x in numbers]).sum().item()

@@ -18,6 +18,7 @@ from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
 from optim.estimators.estimator import Plain
 from optim.groups import check_group, check_rate
+from optim.inner import inner, total
 from optim.line import Estimate, Line
 from optim.penalty import penalty_of
 from optim.ranges import check_count, check_positive
@@ -25,7 +26,7 @@ from optim.record import Records, StepRecord
 from optim.rules import Rule
 from optim.rules.rule import State
 from optim.snapshot import Snapshot
-from optim.trial import Recorder, Trial, inner, total
+from optim.trial import Recorder, Trial
 
 _HALVINGS = 40  # after which no length of the step is left to speak of
 

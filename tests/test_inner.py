@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optim.trial import inner
+from optim.inner import inner
 
 
 @pytest.mark.parametrize("size", [1, 4096, 2**15 + 1, 1_000_003])

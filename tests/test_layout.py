@@ -44,9 +44,9 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"checked", "groups", "penalty", "ranges", "record", "snapshot"},
-        {"trial"},
-        {"energy"},
+        {"checked", "groups", "inner", "ranges", "record", "snapshot"},
+        {"penalty"},
+        {"energy", "trial"},
         {"line", "din", "memory", "preconditioned", "schedules"},
         {"direction", "estimators.estimator", "rules.rule"},
         {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from curvature import gradient
 from optim.line import Estimate, Line
-from optim.trial import Recorder, Trial, inner
+from optim.trial import Recorder, Trial
 
 _FIRST_REACH = 1e-3  # relative to the parameters
 
@@ -32,8 +31,7 @@ class Estimator(ABC):
 
     def first_reach(self, trial: Trial, line: Line) -> float:
         """How far along d to look before any step was taken; infinite if only at theta."""
-        size = 1 + math.sqrt(inner(trial.params, trial.params))
-        return _FIRST_REACH * size / math.sqrt(line.squared_norm)
+        return trial.share(_FIRST_REACH, line.squared_norm)
 
     @abstractmethod
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:

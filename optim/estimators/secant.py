@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from optim.estimators.estimator import Estimator
 from optim.line import Estimate, Line
-from optim.trial import Trial, inner
+from optim.trial import Trial
 
 _SHORTEST = 1e-6  # first probe of the search, relative to the parameters
 _FACTOR = 4.0  # between two probes of the search
@@ -46,11 +46,9 @@ class Secant(Estimator):
     """
 
     def first_reach(self, trial: Trial, line: Line) -> float:
-        t = super().first_reach(trial, line)
         if line.slope <= 0:
-            return t
-        size = 1 + math.sqrt(inner(trial.params, trial.params))
-        t = _SHORTEST * size / math.sqrt(line.squared_norm)
+            return super().first_reach(trial, line)
+        t = trial.share(_SHORTEST, line.squared_norm)
         for _ in range(_PROBES):
             if t * _chord(trial, line, t) <= line.slope:
                 break

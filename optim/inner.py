@@ -1,0 +1,39 @@
+"""Inner products of lists of tensors, in single precision and yet exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SMALL = 1e-25
+_BLOCK = 2**12  # entries; of longer sums single precision loses digits
+_WHOLE = 2**15  # up to here their own kernel sums in several parts anyway
+
+
+def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
+    """<left, right>, summed in float64; None is zero."""
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
+    found = total([_blockwise(a.flatten(), b.flatten()) for a, b in pairs])
+    if not _SMALL <= abs(found) < math.inf:
+        # Products of single precision may have left its range.
+        found = total([torch.dot(a.flatten().double(), b.flatten().double()) for a, b in pairs])
+    return found
+
+
+def _blockwise(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype != torch.float32 or len(a) <= _WHOLE:
+        return torch.dot(a, b).double()
+    whole = len(a) - len(a) % _BLOCK
+    blocks = a[:whole].view(-1, _BLOCK), b[:whole].view(-1, _BLOCK)
+    sums: Tensor = torch.linalg.vecdot(*blocks)
+    return sums.double().sum() + torch.dot(a[whole:], b[whole:]).double()
+
+
+def total(numbers: Sequence[Tensor]) -> float:
+    """The sum of scalars that may be on different devices."""
+    if not numbers:
+        return 0.0
+    return torch.stack([x.to(numbers[0].device) for x in numbers]).sum().item()
