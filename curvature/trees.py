@@ -21,8 +21,11 @@ class Flat:
     """A checked pytree of parameters: leaves, their names for messages, and the way back."""
 
     leaves: list[Tensor]
-    names: list[str]
     spec: pytree.TreeSpec
+
+    @property
+    def names(self) -> list[str]:
+        return _names(self.rebuild(self.leaves))
 
     def rebuild(self, leaves: list[Tensor]) -> Any:
         return pytree.tree_unflatten(leaves, self.spec)
@@ -46,16 +49,16 @@ def flatten_params(params: Any) -> Flat:
             "params is an iterator, which can be read only once; pass "
             "dict(model.named_parameters()) or list(model.parameters())"
         )
-    paths, spec = pytree.tree_flatten_with_path(params)
-    names = ["params" + pytree.keystr(path) for path, _ in paths]
-    leaves = [leaf for _, leaf in paths]
+    leaves, spec = pytree.tree_flatten(params)
     if not leaves:
         raise ValueError(
             "params holds no tensor: there is nothing to differentiate with respect to"
         )
-    for name, leaf in zip(names, leaves, strict=True):
-        _check_leaf(name, leaf)
-    return Flat(leaves, names, spec)
+    for k, leaf in enumerate(leaves):
+        reason = _unusable(leaf)
+        if reason is not None:
+            raise TypeError(f"{_names(params)[k]} {reason}")
+    return Flat(leaves, spec)
 
 
 def flatten_direction(direction: Any, params: Flat, *, argument: str = "direction") -> list[Tensor]:
@@ -90,22 +93,26 @@ def flatten_direction(direction: Any, params: Flat, *, argument: str = "directio
     return [leaf.detach() for leaf in leaves]
 
 
-def _check_leaf(name: str, leaf: Any) -> None:
+def _names(params: Any) -> list[str]:
+    return ["params" + pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(params)[0]]
+
+
+def _unusable(leaf: Any) -> str | None:
+    """Why this is no parameter that can be differentiated twice."""
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"{name} is a {type(leaf).__name__}, not a tensor")
+        return f"is a {type(leaf).__name__}, not a tensor"
     if leaf.dtype not in SUPPORTED_DTYPES:
         advice = (
             "split it into real and imaginary parts"
             if leaf.is_complex()
             else "convert it to float32 or float64, or leave it out of params"
         )
-        raise TypeError(
-            f"{name} has dtype {leaf.dtype}; only float32 and float64 can be used: {advice}"
-        )
+        return f"has dtype {leaf.dtype}; only float32 and float64 can be used: {advice}"
     if leaf.layout != torch.strided:
-        raise TypeError(f"{name} has layout {leaf.layout}; only dense tensors can be used")
+        return f"has layout {leaf.layout}; only dense tensors can be used"
     if leaf.is_meta:
-        raise TypeError(f"{name} is on the meta device, which holds no numbers; materialise it")
+        return "is on the meta device, which holds no numbers; materialise it"
+    return None
 
 
 def _check_pair(name: str, leaf: Any, param: Tensor) -> None:

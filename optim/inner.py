@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,25 @@ _WHOLE = 2**15  # up to here their own kernel sums in several parts anyway
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
     """<left, right>, summed in float64; None is zero."""
-    pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
-    found = total([_blockwise(a.flatten(), b.flatten()) for a, b in pairs])
+    pairs = [(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True) if b is not None]
+    found = total([_blockwise(a, b) for a, b in _joined(pairs)])
     if not _SMALL <= abs(found) < math.inf:
         # Products of single precision may have left its range.
-        found = total([torch.dot(a.flatten().double(), b.flatten().double()) for a, b in pairs])
+        found = total([torch.dot(a.double(), b.double()) for a, b in pairs])
     return found
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same entries with those of short vectors, of which models have many, in one."""
+    short: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for a, b in pairs:
+        if len(a) > _WHOLE:
+            yield a, b
+        else:
+            short.setdefault((a.dtype, a.device), []).append((a, b))
+    for some in short.values():
+        left, right = zip(*some, strict=True)
+        yield torch.cat(left), torch.cat(right)
 
 
 def _blockwise(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -45,13 +46,18 @@ class Penalty:
         )
 
 
+def is_coupled(base: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether ``base`` adds this group's weight decay to the gradients, as far as is known."""
+    coupled = getattr(base, "coupled_weight_decay", type(base).__name__ in _COUPLED)
+    return bool(coupled and not group.get("decoupled_weight_decay"))
+
+
 def penalty_of(base: Optimizer, params: Sequence[Tensor]) -> Penalty:
     """That of ``base``'s weight decay on ``params``; zero where it is decoupled, or not known."""
-    coupled = getattr(base, "coupled_weight_decay", type(base).__name__ in _COUPLED)
     weights = {
         p: float(group.get("weight_decay", 0.0))
         for group in base.param_groups
-        if coupled and not group.get("decoupled_weight_decay")
+        if is_coupled(base, group)
         for p in group["params"]
     }
     return Penalty([weights.get(p, 0.0) for p in params])

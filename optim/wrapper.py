@@ -370,11 +370,10 @@ def _shortened(trial: Trial, line: Line, step: float) -> float:
 
 def _gradient(recorder: Recorder, losses: Any, params: list[Tensor]) -> list[Tensor | None] | str:
     """The gradient of the mean loss, or why the step must be skipped."""
-    if isinstance(losses, Tensor) and losses.is_floating_point() and losses.numel() > 0:
-        bad = int((~torch.isfinite(losses)).sum())
-        if bad:
-            return f"{bad} of {losses.numel()} losses are NaN or infinite"
-    grads: list[Tensor | None] = recorder.backward(losses, params)
+    try:
+        grads: list[Tensor | None] = recorder.backward(losses, params)
+    except NonFiniteLoss as error:
+        return str(error)
     # The square must be finite too: preconditioners that hold it would never recover.
     norms = torch._foreach_norm([g for g in grads if g is not None])
     if not math.isfinite(total(norms)):

@@ -45,10 +45,11 @@ FLOORS = {
     ],
     "optim": [
         {"checked", "groups", "inner", "ranges", "record", "snapshot"},
-        {"penalty"},
+        {"penalty", "twins"},
         {"energy", "trial"},
         {"line", "din", "memory", "preconditioned", "schedules"},
-        {"direction", "estimators.estimator", "rules.rule"},
+        {"estimators.estimator", "from_origin", "linear_in_rate", "rules.rule"},
+        {"direction"},
         {
             "estimators.exact",
             "estimators.gauss_newton",

@@ -24,23 +24,36 @@ from optim import INNA, GeN, INNAprop, Records, Rescaled
 from optim.rules import Lipschitz
 
 F64 = torch.float64
+
+
+class OwnSGD(torch.optim.SGD):
+    """Nothing is known of its step, which is told from copies of the parameters."""
+
+
+class OwnAdamW(torch.optim.AdamW):
+    """Likewise."""
+
+
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "SGD, all options": lambda p: torch.optim.SGD(
         p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1
     ),
+    "a subclass of SGD": lambda p: OwnSGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "RMSprop": lambda p: torch.optim.RMSprop(p),
     "RMSprop, all options": lambda p: torch.optim.RMSprop(
         p, momentum=0.5, centered=True, weight_decay=0.1
     ),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, lr_decay=0.1),
-    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr_decay=0.1, weight_decay=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, weight_decay=0.1),
     "Adam": lambda p: torch.optim.Adam(p, amsgrad=True, weight_decay=0.1),
     "AdamW": lambda p: torch.optim.AdamW(p, foreach=False),
     "AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
-    "Adamax": lambda p: torch.optim.Adamax(p),
+    "a subclass of AdamW": lambda p: OwnAdamW(p),
+    "Adamax": lambda p: torch.optim.Adamax(p, weight_decay=0.1),
     "NAdam": lambda p: torch.optim.NAdam(p, decoupled_weight_decay=True, weight_decay=0.1),
-    "RAdam": lambda p: torch.optim.RAdam(p),
+    "NAdam, coupled": lambda p: torch.optim.NAdam(p, weight_decay=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, weight_decay=0.1),
     "INNA": lambda p: INNA(p, beta=1.0),
     "INNAprop": lambda p: INNAprop(p, foreach=False),
 }
@@ -166,7 +179,7 @@ def test_faults_change_nothing_and_training_goes_on(base: str, wrapper: str) -> 
         return problem.losses(2) * 1e200
 
     for closure, reason in (
-        (nan, "1 of 8 losses"),
+        (nan, "1 of 8 samples"),
         (infinite_gradient, "the gradient"),
         (overflow, "its square"),
     ):
@@ -683,6 +696,19 @@ def test_small_gradients_keep_their_digits(size: float) -> None:
     optimizer = Rescaled(torch.optim.SGD([p]), ell=0.5)
     optimizer.step(lambda: size * (p - 3).square().sum())
     torch.testing.assert_close(p.detach(), torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, OwnSGD])
+def test_a_model_that_changes_its_dtype_goes_on(base: type) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = Rescaled(base(model.parameters(), lr=0.1), ell=0.5)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, F64, torch.float32):
+        model.to(dtype)
+        before = model.weight.detach().clone()
+        optimizer.step(lambda dtype=dtype: model(x.to(dtype)).square().sum(1))
+        assert optimizer.skipped == 0
+        assert (model.weight - before).norm() > 1e-3
 
 
 def test_a_step_beyond_the_parameters_dtype_is_skipped() -> None:

@@ -1,0 +1,98 @@
+"""The direction of an optimizer whose step is linear in its learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from curvature import RandomState
+from optim.snapshot import Snapshot
+from optim.twins import OnTwins
+
+
+class LinearInRate(OnTwins):
+    """The direction of an optimizer whose step is linear in ``group["lr"]``.
+
+    The optimizer steps copies of the parameters once with a large lr: d is the displacement
+    over that lr. A large lr keeps the digits of d down to 1e-18 of theta, where theta - lr d
+    with a small one would round them away against theta. The first steps that move are taken
+    from the same state at two large rates and at rate 0 besides, and refused if the
+    displacements are not proportional, if rate 0 moves, or if the states differ.
+    """
+
+    RATE = 2.0**60
+    PROOFS = 10  # more than one, for optimizers that do something else at every k-th step
+
+    def __init__(self, base: Optimizer) -> None:
+        super().__init__(base)
+        self._proofs = 0
+
+    def _propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
+        if self._proofs < self.PROOFS and self._prove(ratios):
+            self._proofs += 1
+        direction = self._displacement(ratios, self.RATE)
+        if direction:
+            torch._foreach_mul_(list(direction.values()), -1 / self.RATE)
+        return direction
+
+    def _displacement(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
+        """Where the base's next step at this rate leads to, its state advancing: -rate d."""
+        twins = self._renewed()
+        for p, twin in twins.items():
+            twin.copy_(p)
+        grads = {p: p.grad for p in twins if p.grad is not None}
+        self._step(twins, grads, [rate * ratio for ratio in ratios])
+        if twins:
+            torch._foreach_sub_(list(twins.values()), list(twins))
+        return twins
+
+    def _prove(self, ratios: Sequence[float]) -> bool:
+        """Refuse a step that is not linear in lr; false if there was no step to tell from."""
+        name = type(self._base).__name__
+        start = Snapshot(self._base)
+        params = [p for group in self._base.param_groups for p in group["params"]]
+        versions = [p._version for p in params]
+        values = [p.detach().clone() for p in params]
+        random = RandomState()
+        try:
+            moves = any(bool(x.any()) for x in self._displacement(ratios, 0.0).values())
+            start.restore()
+            random.restore()
+            once = {p: x.clone() for p, x in self._displacement(ratios, self.RATE).items()}
+            after = Snapshot(self._base)
+            start.restore()
+            random.restore()
+            twice = self._displacement(ratios, 2 * self.RATE)
+            same_state = after.equals(Snapshot(self._base))
+        except (TypeError, LookupError, AttributeError) as error:
+            raise TypeError(
+                f"{name} cannot be wrapped: it cannot step copies of its parameters, given their "
+                f"gradients: {error!r}"
+            ) from error
+        finally:
+            start.restore()
+            random.restore()
+        if versions != [p._version for p in params]:
+            for p, value in zip(params, values, strict=True):
+                p.copy_(value)
+            raise TypeError(
+                f"{name} cannot be wrapped: it steps other tensors than those in its param_groups"
+            )
+        if not all(bool(torch.isfinite(x).all()) for x in twice.values()):
+            return False
+        proportional = all(_is_double(twice[p], once[p], p) for p in once)
+        if not (proportional and same_state) or moves:
+            raise TypeError(
+                f"{name} cannot be wrapped: its step is not linear in lr; give it methods propose, "
+                "move and limit, as optim.direction.Proposer describes"
+            )
+        return any(bool(x.any()) for x in once.values())
+
+
+def _is_double(twice: Tensor, once: Tensor, p: Tensor) -> bool:
+    # A displacement is known to the rounding of the parameters that it starts from.
+    eps = torch.finfo(p.dtype).eps
+    return bool((twice - 2 * once).norm() <= eps * (1e3 * twice.norm() + 8 * p.norm()))
