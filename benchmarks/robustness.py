@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
-from optim import GeN, Rescaled, gen_published
+from optim import GeN, INNAprop, Rescaled, gen_published
 
 RATES = 9  # by factors of two
 BASES: dict[str, tuple[Callable[..., Optimizer], float]] = {
@@ -37,6 +37,7 @@ BASES: dict[str, tuple[Callable[..., Optimizer], float]] = {
     "SGD, momentum 0.9": (partial(SGD, momentum=0.9), 0.004),
     "RMSprop": (RMSprop, 1e-4),
     "RMSprop, momentum 0.9": (partial(RMSprop, momentum=0.9), 2e-5),
+    "INNAprop": (partial(INNAprop, weight_decay=0.0), 5e-4),
     "AdamW": (AdamW, 2e-4),
 }
 WRAPPERS: dict[str, Callable[[Optimizer], Rescaled | GeN]] = {

@@ -40,8 +40,11 @@ class DIN(Checked):
 
     A subclass says what P is. Besides :meth:`step`, the step can be taken in two halves:
     :meth:`propose` advances the preconditioner and says where to, :meth:`move` goes there by a
-    step chosen in between, theta and psi together.
+    step chosen in between, theta and psi together. ``inertia`` tells a wrapper that d has a past,
+    which is a small part of it until gradients have become small.
     """
+
+    inertia = 0.05  # found by experiment
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._pending: list[tuple[float, _Pending]] = []

@@ -76,9 +76,10 @@ _NOT_LINEAR = {
 def momentum(base: Optimizer) -> float:
     """The share of the last direction in the next, as far as the base's groups name it.
 
-    The largest ``momentum``, or first of ``betas``, of its groups; 0 where there is neither.
+    The largest ``momentum``, or first of ``betas``, of its groups, or what it says itself by an
+    attribute ``inertia``; 0 where there is none.
     """
-    shares = [0.0]
+    shares = [float(getattr(base, "inertia", 0.0))]
     for group in base.param_groups:
         if "betas" in group:
             shares.append(float(group["betas"][0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, optim
 
 from optim.penalty import is_coupled
@@ -32,10 +33,8 @@ class FromOrigin(OnTwins):
 
     def _propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
         groups = self._base.param_groups
-        twins = self._renewed()
-        for twin in twins.values():
-            twin.zero_()
-        grads = {p: p.grad for p in twins if p.grad is not None}
+        grads = self._grads()
+        twins = {p: torch.zeros_like(p) for p in grads}
         decays = [group["weight_decay"] for group in groups]
         try:
             for group, ratio in zip(groups, ratios, strict=True):

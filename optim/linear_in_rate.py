@@ -40,10 +40,8 @@ class LinearInRate(OnTwins):
 
     def _displacement(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
         """Where the base's next step at this rate leads to, its state advancing: -rate d."""
-        twins = self._renewed()
-        for p, twin in twins.items():
-            twin.copy_(p)
-        grads = {p: p.grad for p in twins if p.grad is not None}
+        grads = self._grads()
+        twins = {p: p.detach().clone() for p in grads}
         self._step(twins, grads, [rate * ratio for ratio in ratios])
         if twins:
             torch._foreach_sub_(list(twins.values()), list(twins))
@@ -61,7 +59,7 @@ class LinearInRate(OnTwins):
             moves = any(bool(x.any()) for x in self._displacement(ratios, 0.0).values())
             start.restore()
             random.restore()
-            once = {p: x.clone() for p, x in self._displacement(ratios, self.RATE).items()}
+            once = self._displacement(ratios, self.RATE)
             after = Snapshot(self._base)
             start.restore()
             random.restore()

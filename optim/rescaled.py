@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
+from optim.energy import Energetic
 from optim.estimators import Estimator, Exact
 from optim.rules import Cautious, Rule, Trust
 from optim.wrapper import Wrapper
@@ -35,8 +36,8 @@ class Rescaled(Wrapper):
         base: an optimizer whose step is linear in lr (SGD, RMSprop, AdamW, ...), or one that
             can propose and move, as INNA and INNAprop. Its lr serves only for ratios of groups.
         ell: the factor that ``group["lr"]`` is set to.
-        rule: how far to go, of :mod:`optim.rules`; by default ``Cautious()``, or ``Trust()``
-            where several steps share one estimate.
+        rule: how far to go, of :mod:`optim.rules`; by default ``Cautious()``; ``Trust()``
+            for INNA and INNAprop, and where several steps share one estimate.
         estimator: how the curvature is measured, of :mod:`optim.estimators`.
         every: how many steps share one estimate of the curvature; the slope is always new.
         checked: at so many first steps the loss is evaluated after the step, on its batch, and
@@ -77,8 +78,14 @@ class Rescaled(Wrapper):
         super().__init__(
             base,
             estimator=Exact() if estimator is None else estimator,
-            rule=(Cautious() if every == 1 else Trust()) if rule is None else rule,
+            rule=_default_rule(base, every) if rule is None else rule,
             ell=ell,
             every=every,
             checked=checked,
         )
+
+
+def _default_rule(base: Optimizer, every: int) -> Rule:
+    # A velocity that the steps themselves feed grows for good by one step that is far too long,
+    # so that one batch must not raise the step alone: Trust averages over several.
+    return Trust() if every > 1 or isinstance(base, Energetic) else Cautious()

@@ -20,7 +20,6 @@ class OnTwins(ABC):
 
     def __init__(self, base: Optimizer) -> None:
         self._base = base
-        self._twins: dict[Tensor, Tensor] = {}
         self._direction: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
@@ -42,17 +41,10 @@ class OnTwins(ABC):
     def limit(self, ratios: Sequence[float]) -> float:
         return math.inf
 
-    def _renewed(self) -> dict[Tensor, Tensor]:
-        """A twin of each parameter that has a gradient, with any content."""
-        params = [p for group in self._base.param_groups for p in group["params"]]
-        twins = {}
-        for p in params:
-            if p.grad is not None:
-                twin = self._twins.get(p)
-                twins[p] = torch.empty_like(p) if twin is None or not _alike(twin, p) else twin
-        # Fresh memory costs the CPU several times the step itself; accelerators pool theirs.
-        self._twins = {p: twin for p, twin in twins.items() if p.device.type == "cpu"}
-        return twins
+    def _grads(self) -> dict[Tensor, Tensor]:
+        """The gradient of each parameter that has one."""
+        params = (p for group in self._base.param_groups for p in group["params"])
+        return {p: p.grad for p in params if p.grad is not None}
 
     def _step(
         self, twins: dict[Tensor, Tensor], grads: dict[Tensor, Tensor], rates: Sequence[float]
@@ -74,14 +66,6 @@ class OnTwins(ABC):
             for group, (lr, params) in zip(groups, own, strict=True):
                 group["lr"], group["params"] = lr, params
             for p, twin in twins.items():
-                twin.grad = None
-                twin.requires_grad_(False)
+                twin.requires_grad_(False).grad = None
                 if twin in state:
                     state[p] = state.pop(twin)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_twins": {}, "_direction": {}}
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)

@@ -1,7 +1,6 @@
 """Step rules against transcriptions of their equations, and what the wrapper makes of them."""
 
 import copy
-import itertools
 import math
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import fast_only
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -36,11 +35,12 @@ def cautious(lines: list[tuple[float, float, float, float, float]], mu: float) -
             weights = beta ** np.arange(len(values))[::-1]
             return float(weights @ values / weights.sum())
 
-        held = max(mu**2, 1 / 64) * lipschitz
+        memory = max(mu, 1 / 2)
+        held = memory**2 * lipschitz
         lipschitz = max(magnitudes[-1], average(magnitudes), held)
         lower = max(0.0, min(slopes[-1], average(slopes)))
         agreement = max(0.1, average(signed) / average(magnitudes))
-        q *= 1 - mu / 20 if average(values, 0.9) > average(values, 0.98) else 1 + mu / 20
+        q *= 1 + memory / (-20 if average(values, 0.9) > average(values, 0.98) else 20)
         q = min(max(q, 0.03), 1.0)
         length = math.sqrt(lines[k - 1][1])
         rs.append((1 - mu**k) * q * 2 * lower * math.sqrt(agreement) / (length * lipschitz))
@@ -67,16 +67,21 @@ def test_cautious(lines: list[tuple[float, float, float, float, float]], mu: flo
     assert found == pytest.approx(cautious(lines, mu), rel=1e-9, abs=1e-12)
 
 
-@given(lines=st.lists(st.tuples(st.floats(1e-3, 5), sizes, sizes), min_size=1, max_size=5))
+@given(
+    lines=st.lists(
+        st.tuples(st.floats(1e-3, 5), sizes, st.floats(0.25, 10)), min_size=1, max_size=5
+    )
+)
 def test_without_momentum_cautious_is_algorithm_1_without_memory(
     lines: list[tuple[float, float, float]],
 ) -> None:
-    """Where the curvature does not fall off a cliff."""
-    lines = [(s, n, c * n) for s, n, c in lines]
-    assume(all(64 * b[2] / b[1] >= a[2] / a[1] for a, b in itertools.pairwise(lines)))
+    """Where the curvature does not fall off a cliff, and the loss does not rise."""
     rules, states = (Cautious(), Lipschitz(beta3=0.0)), [{}, {}]
-    for k, (slope, squared_norm, curvature) in enumerate(lines, start=1):
-        line, estimate = Line(k, 1.0, slope, squared_norm), Estimate(slope, curvature, curvature)
+    curvature = 1.0
+    for k, (slope, squared_norm, change) in enumerate(lines, start=1):
+        curvature *= change
+        c = curvature * squared_norm
+        line, estimate = Line(k, 1.0, slope, squared_norm), Estimate(slope, c, c)
         rs = []
         for i, rule in enumerate(rules):
             r, states[i] = rule.choose(line, estimate, states[i])
@@ -114,7 +119,7 @@ def test_between_estimates_the_slope_is_new_and_the_curvature_kept(rule: Any) ->
         (lambda p: torch.optim.RMSprop(p, momentum=0.7), 0.7),
         (lambda p: torch.optim.AdamW(p, betas=(0.85, 0.99)), 0.85),
         (lambda p: torch.optim.Adagrad(p), 0.0),
-        (lambda p: INNAprop(p), 0.0),
+        (lambda p: INNAprop(p), 0.05),
         (lambda p: torch.optim.SGD([{"params": p}, {"params": [], "momentum": 0.5}], lr=1), 0.5),
     ],
 )
@@ -240,7 +245,9 @@ def test_every_combination_trains(base: str, estimator: str, rule: str, every: i
         assert values[-1] < values[0]
     found = [r.curvature for r in optimizer.records if r.curvature is not None]
     searched = rule == "searched" and every > 1  # at the first step besides
-    assert len(found) == 30 // every + searched
+    # Trust measures again where an estimate disagrees with the length before.
+    again = len(found) - (30 // every + searched)
+    assert again == 0 or (rule == "Trust" and every > 1 and 0 < again <= 6)
 
 
 @every_estimator

@@ -33,15 +33,20 @@ def trust(
     trusted: float,
 ) -> list[float]:
     """The docstring's equations, each sum written out over all steps so far."""
-    rs, q, curvatures = [], 1.0, []
+    rs, q, curvatures, settled, L = [], 1.0, [], True, math.inf
     for k, (_, squared_norm, magnitude, _) in enumerate(lines, start=1):
-        due = (k - 1) % phi == 0
+        earlier = [v for *_, v in lines[: k - 1]]
+        surprised = k > 2 and earlier[-1] > 2 * average(earlier[:-1], 0.9)
+        due = (k - 1) % phi == 0 or surprised or not settled
+        settled = True
         slopes = [s / math.sqrt(n) for s, n, _, _ in lines[:k]]
         B = max(0.0, min(slopes[-1], average(slopes, mu)))
         if due:
             curvatures.append(magnitude / squared_norm)
+            known = L
             L = max(curvatures[-1], average(curvatures, beta3))
             step = min(2 * B / L, 4 * trusted)
+            settled = step < 4 * trusted and 2 * known >= L
             trusted = max(step, trusted / 2) if step > 0 else trusted
         else:
             step = min(2 * B / L, trusted)

@@ -13,7 +13,7 @@ from optim.rules.slope import lower_slope
 
 _LEAST_AGREEMENT = 0.1
 _CAUTION = 1 / 20
-_LEAST_MEMORY = 1 / 64
+_LEAST_MEMORY = 1 / 2
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Cautious(Rule):
         b = <d, g> / ‖d‖                               slope per unit length
         B = max(0, min(b, moving average of b))
         c = mean_b |d^T H_b d| / ‖d‖²
-        L = max(c, moving average of c, max(mu², 1/64) times the last L)
+        L = max(c, moving average of c, m² times the last L),  m = max(mu, 1/2)
         a = moving average of d^T H d / ‖d‖² over that of c, at least 1/10
         r = (1 - mu^k) q 2 B sqrt(a) / (‖d‖ L)
 
@@ -34,12 +34,11 @@ class Cautious(Rule):
     counts in b as if the loss fell by it for all batches, and a batch whose curvature is small
     says nothing of those before. So the lower slope and the higher curvature are taken, over the
     time that the direction remembers, and the first steps are shorter, until it has filled.
-    Without momentum little is remembered: a curvature falls to 1/64 a step at most, so that a
-    batch without any is not followed for ever. a tells how far the curvatures of the samples agree:
-    where they cancel, the step is beyond what a quadratic tells. q falls by mu/20 at steps where
-    the loss of the last ten is above that of the last fifty, and rises by it at others, within
-    [0.03, 1]. Between estimates the step r ‖d‖ may fall but not grow, since a steeper slope tells
-    of a curvature that has grown.
+    Without momentum little is remembered: a curvature falls to a quarter a step at most. a tells
+    how far the curvatures of the samples agree: where they cancel, the step is beyond what a
+    quadratic tells. q falls by m/20 at steps where the loss of the last ten is above that of the
+    last fifty, and rises by it at others, within [0.03, 1]. Between estimates the step r ‖d‖ may
+    fall but not grow, since a steeper slope tells of a curvature that has grown.
 
     Found by experiment: see docs/robustness.md.
 
@@ -60,7 +59,7 @@ class Cautious(Rule):
         lower, filled, state = lower_slope(line, state)
         if estimate is not None:
             state = _measured(estimate, line, state)
-        state = cautioned(line, state, mu * _CAUTION)
+        state = cautioned(line, state, max(mu, _LEAST_MEMORY) * _CAUTION)
         agreement = max(_LEAST_AGREEMENT, _ratio(state["signed"], state["average"]))
         reduced = filled * state["caution"] * 2 * lower * math.sqrt(agreement)
         r = newton_step(reduced, length * state["lipschitz"])
@@ -78,7 +77,7 @@ def _measured(estimate: Estimate, line: Line, state: State) -> State:
     average = mu * state.get("average", 0.0) + (1 - mu) * c
     # Both averages lack the same weight, which cancels in their ratio.
     signed = mu * state.get("signed", 0.0) + (1 - mu) * signed
-    held = max(mu**2, _LEAST_MEMORY) * state.get("lipschitz", 0.0)
+    held = max(mu, _LEAST_MEMORY) ** 2 * state.get("lipschitz", 0.0)
     highest = max(c, average / (1 - unseen), held)
     return {**state, "unseen": unseen, "average": average, "signed": signed, "lipschitz": highest}
 

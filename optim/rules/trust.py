@@ -13,6 +13,7 @@ from optim.rules.slope import lower_slope
 
 _GROWTH = 4.0  # of the trusted length at an estimate
 _LEAST = 0.5  # of it that is kept there
+_BENT = 2.0  # times the curvature known so far: a surprise
 _CAUTION = 0.05
 
 
@@ -31,12 +32,13 @@ class Trust(Lipschitz):
           last fifty, and rises by 5 % where it is below; it stays within [0.03, 1]
         r = (1 - mu^k) q l / ‖d‖
 
-    A step after one whose loss was above twice the average of the last ten is measured too.
+    Measured too is the step after an estimate that wanted T four times as long or more than doubled
+    L, and the step after a loss above twice the average of the last ten.
 
     T is the distance at which estimators that probe take the next loss; where none is taken, the
-    first step is as long as the curvature says. A parabola without
-    curvature, or with its minimum far off, makes T four times as long and no more; a step that
-    one batch wants short makes all shorter until the next estimate. The loss alone tells whether
+    first step is as long as the curvature says. A parabola without curvature, or with its minimum
+    far off, makes T four times as long and no more; a step that one batch wants short makes all
+    shorter until the next estimate. The loss alone tells whether
     steps that are right for each batch are too long for all of them, and q answers.
 
     The rule of :class:`optim.GeN`. Found by experiment: see docs/robustness.md.
@@ -63,25 +65,30 @@ class Trust(Lipschitz):
         if line.squared_norm == 0:
             return 0.0, state
         length = math.sqrt(line.squared_norm)
+        known = state.get("lipschitz", math.inf)
         state = self.averaged(line, estimate, state)
         lower, filled, state = lower_slope(line, state)
         lipschitz = state.get("lipschitz", 0.0)
         wanted = 2 * lower / lipschitz if lipschitz > 0 else math.inf if lower > 0 else 0.0
         if estimate is None:
             going = min(wanted, state["trusted"])
+            state = {**state, "unsettled": 0.0}
         else:
             trusted = state.get("trusted", estimate.reach * length)
             going = min(wanted, _GROWTH * trusted)
             if going == math.inf:
                 return NO_CURVATURE, state
+            unsettled = going >= _GROWTH * trusted or lipschitz > _BENT * known
             if going > 0:
                 trusted = going if trusted == math.inf else max(going, _LEAST * trusted)
-            state = {**state, "trusted": trusted}
+            state = {**state, "trusted": trusted, "unsettled": float(unsettled)}
         state = cautioned(line, state, _CAUTION)
         return filled * state["caution"] * going / length, state
 
     def due(self, iteration: int, every: int, state: State) -> bool:
-        return super().due(iteration, every, state) or bool(state["surprised"])
+        if super().due(iteration, every, state):
+            return True
+        return bool(state["surprised"] or state["unsettled"])
 
     def reach(self, line: Line, state: State) -> float | None:
         return state["trusted"] / math.sqrt(line.squared_norm) if "trusted" in state else None
