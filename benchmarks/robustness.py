@@ -78,8 +78,8 @@ def train(case: Case, how: float | str, seed: int) -> float:
     """The final training loss, at a fixed rate with a cosine or in the wrapper of that name."""
     torch.manual_seed(seed)
     task = case.make()
-    make, _ = BASES[case.base]
-    base = make(task.model.parameters(), lr=1.0 if isinstance(how, str) else how)
+    make, lowest = BASES[case.base]
+    base = make(task.model.parameters(), lr=lowest if isinstance(how, str) else how)
     torch.manual_seed(100 + seed)  # all runs of a seed see the same batches
     return task.train_wrapped(WRAPPERS[how](base)) if isinstance(how, str) else task.train(base)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 from torch.optim import Optimizer
 
 from optim.estimators import Secant
@@ -39,6 +43,8 @@ class GeN(Wrapper):
         ell: the factor that ``group["lr"]`` is set to.
         checked: at so many first steps the loss is evaluated after the step, on its batch, and
             the step halved until it does not rise.
+        clip: called at each step with the parameters that have a gradient, to clip ``p.grad`` in
+            place, as in :class:`optim.Rescaled`.
 
     Raises:
         TypeError: base's step is known not to be linear in lr, or a parameter is not float32 or
@@ -56,9 +62,21 @@ class GeN(Wrapper):
     """
 
     def __init__(
-        self, base: Optimizer, *, phi: int = 8, ell: float = 0.95, checked: int = 10
+        self,
+        base: Optimizer,
+        *,
+        phi: int = 8,
+        ell: float = 0.95,
+        checked: int = 10,
+        clip: Callable[[list[Tensor]], Any] | None = None,
     ) -> None:
         check_count("phi", phi)
         super().__init__(
-            base, estimator=Secant(), rule=Trust(), ell=ell, every=phi, checked=checked
+            base,
+            estimator=Secant(),
+            rule=Trust(),
+            ell=ell,
+            every=phi,
+            checked=checked,
+            clip=clip,
         )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 from torch.optim import Optimizer
 
 from optim.energy import Energetic
@@ -43,6 +47,9 @@ class Rescaled(Wrapper):
         checked: at so many first steps the loss is evaluated after the step, on its batch, and
             the step halved until it does not rise: far from the minimum a network's first
             directions leave the range of the quadratic.
+        clip: called at each step with the parameters that have a gradient, to clip ``p.grad`` in
+            place: ``lambda params: torch.nn.utils.clip_grad_norm_(params, 1.0)``. Slope and
+            curvature stay those of the loss.
 
     If the closure returns one loss per sample, the absolute value is taken per sample, as in
     the paper; curvatures of opposite sign then do not cancel. With a scalar loss it is taken of
@@ -74,6 +81,7 @@ class Rescaled(Wrapper):
         estimator: Estimator | None = None,
         every: int = 1,
         checked: int = 10,
+        clip: Callable[[list[Tensor]], Any] | None = None,
     ) -> None:
         super().__init__(
             base,
@@ -82,6 +90,7 @@ class Rescaled(Wrapper):
             ell=ell,
             every=every,
             checked=checked,
+            clip=clip,
         )
 
 

@@ -6,69 +6,90 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from curvature import RandomState, SideEffects, gradient
+from curvature import RandomState, SideEffects
+from optim.evaluation import (
+    Closure,
+    Evaluation,
+    Plain,
+    Recorder,
+    differentiated,
+    evaluate,
+    losses_again,
+)
 from optim.inner import inner
 from optim.penalty import Penalty
 
-
-class Recorder(Protocol):
-    """Runs the closure and gives the gradient; :class:`curvature.Tape` is one."""
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
-
-    def backward(self, losses: Tensor, params: Any) -> Any: ...
+R = TypeVar("R", bound=Recorder)
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """The closure, what it gave and what recorded it, and the direction d that followed.
+    """The closures, what they gave and what recorded it, and the direction d that followed.
 
     What it answers of the loss has the penalty in it.
     """
 
-    closure: Callable[[], Tensor]
-    recorder: Recorder
+    closures: Sequence[Closure]
     random: RandomState
-    params: list[Tensor]
-    losses: Tensor
+    evaluation: Evaluation
     penalty: Penalty
     direction: list[Tensor]
 
+    @property
+    def params(self) -> list[Tensor]:
+        return self.evaluation.params
+
+    def recorded(self, recorder: Callable[[], R]) -> Iterator[tuple[R, float]]:
+        """What recorded each closure's pass, and the share of that closure in the loss.
+
+        Several are run again, one at a time: their graphs together might not fit.
+        """
+        if self.evaluation.recorder is not None:
+            yield cast(R, self.evaluation.recorder), 1.0
+            return
+        self.random.restore()
+        for closure, share in zip(self.closures, self.evaluation.shares, strict=True):
+            again = recorder()
+            with self._without_grads():
+                differentiated(closure, again, self.params)
+            yield again, share
+
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
-        """The closure's loss with other values in the parameters, and the same random numbers."""
-        with self._moved_to(values), torch.no_grad():
-            return self.closure() + self.penalty.value(values)
+        """The mean loss with other values in the parameters, and the same random numbers."""
+        with self._moved_to(values):
+            losses = [losses_again(closure, self.evaluation) for closure in self.closures]
+        means = torch.stack([x.double().mean() for x in losses])
+        return means @ means.new_tensor(self.evaluation.shares) + self.penalty.value(values)
 
     def value(self) -> float:
         """The mean loss at theta."""
-        return self.losses.double().mean().item() + self.penalty.value(self.params)
+        return self.evaluation.losses.double().mean().item() + self.penalty.value(self.params)
 
-    def slope(self, grads: Sequence[Tensor | None]) -> float:
-        """The derivative of the mean loss along d, from the gradient without the penalty."""
-        return inner(self.direction, grads) + self.penalty.slope(self.params, self.direction)
+    def slope(self) -> float:
+        """The derivative of the mean loss along d."""
+        slope = inner(self.direction, self.evaluation.grads)
+        return slope + self.penalty.slope(self.params, self.direction)
 
     def loss_after(self, step: float) -> float:
         """The mean loss at theta - step d, also if it is NaN or infinite."""
         with SideEffects():
-            return self.loss_at(self._after(step)).double().mean().item()
+            return self.loss_at(self._after(step)).item()
 
     def rounding(self, loss: float) -> float:
         """How far apart ``loss`` and the mean loss here may be by rounding alone."""
-        eps = torch.finfo(self.losses.dtype).eps
-        return 8 * eps * max(abs(loss), self.losses.double().abs().mean().item())
+        eps = torch.finfo(self.evaluation.losses.dtype).eps
+        return 8 * eps * max(abs(loss), self.evaluation.losses.double().abs().mean().item())
 
     def slope_after(self, step: float) -> float:
         """The derivative of the mean loss along d at theta - step d."""
         values = self._after(step)
-        with self._moved_to(values), torch.enable_grad():
-            grads = gradient(self.closure(), self.params)
+        with self._moved_to(values):
+            grads = evaluate(self.closures, Plain, self.params).grads
         return inner(self.direction, grads) + self.penalty.slope(values, self.direction)
 
     @torch.no_grad()
@@ -82,10 +103,23 @@ class Trial:
         try:
             for p, value in zip(self.params, values, strict=True):
                 p.data = value
-            yield
+            with self._without_grads():
+                yield
         finally:
             for p, data in zip(self.params, own, strict=True):
                 p.data = data
+
+    @contextmanager
+    def _without_grads(self) -> Iterator[None]:
+        """Closures that call backward also zero and clip gradients: not those of the step."""
+        own = [p.grad for p in self.params]
+        try:
+            for p in self.params:
+                p.grad = None
+            yield
+        finally:
+            for p, g in zip(self.params, own, strict=True):
+                p.grad = g
 
     def share(self, share: float, squared_norm: float) -> float:
         """How far along d is that share of 1 + ‖theta‖, in units of d."""

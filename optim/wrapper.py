@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from curvature import NonFiniteLoss, SideEffects
 from optim.direction import momentum, proposer
 from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
-from optim.estimators.estimator import Plain
+from optim.evaluation import Closure, Evaluation, Plain, evaluate
 from optim.groups import check_group, check_rate
 from optim.inner import inner, total
 from optim.line import Estimate, Line
@@ -26,7 +26,7 @@ from optim.record import Records, StepRecord
 from optim.rules import Rule
 from optim.rules.rule import State
 from optim.snapshot import Snapshot
-from optim.trial import Recorder, Trial
+from optim.trial import Trial
 
 _HALVINGS = 40  # after which no length of the step is left to speak of
 
@@ -55,6 +55,7 @@ class Wrapper(Optimizer):
         ell: float,
         every: int,
         checked: int,
+        clip: Callable[[list[Tensor]], Any] | None = None,
     ) -> None:
         if isinstance(base, Wrapper):
             raise TypeError(f"base is a {type(base).__name__}, which already chooses the step")
@@ -72,7 +73,7 @@ class Wrapper(Optimizer):
         base.defaults["lr"] = ell
         self.estimator, self.rule = estimator, rule
         self._kinetic_of = kinetic_of(base) if rule.needs_kinetic else None
-        self.every, self.checked = every, checked
+        self.every, self.checked, self.clip = every, checked, clip
         self.rule_state: State = {}
         self.records = Records()
         self.skipped = 0
@@ -124,16 +125,21 @@ class Wrapper(Optimizer):
         check_group(group)
         self.param_groups.append({**group, "lr": ell})
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Tensor] | None = None
-    ) -> Tensor:
+    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
         """Evaluate the loss and its gradient, ask the base for a direction, and go the right way.
 
         Args:
-            closure: returns the loss, a scalar or one per sample, without calling backward.
+            closure: returns the loss, a scalar or one per sample. A closure as for
+                :class:`torch.optim.LBFGS` will do as well, which calls ``backward`` once on a
+                scalar loss; what it then does to ``p.grad``, as clipping, changes the direction
+                and leaves slope and curvature those of the loss. Several closures stand for one
+                batch, of which each returns a part of the losses: gradients are accumulated, with
+                one graph at a time, and the loss is the mean over all samples, or over the
+                closures if each returns a scalar.
 
         Returns:
-            What the closure returned, without graph. ``p.grad`` holds the gradient of the mean.
+            What the closure returned, without graph; of several, all losses. ``p.grad`` holds the
+            gradient of the mean, as clipped.
 
         A step is skipped if a loss or gradient is NaN or infinite, or if no step length follows
         from the curvature: parameters and ``p.grad``, buffers, optimizer and random state are
@@ -143,8 +149,8 @@ class Wrapper(Optimizer):
         the forward pass itself writes to parameters stands (``Embedding`` with ``max_norm``).
 
         Raises:
-            TypeError, ValueError: no closure, it returned no usable loss, or the base's step is
-                not linear in lr, as its first ten steps are made to prove.
+            TypeError, ValueError: no closure, it gave no usable loss, or the base's step is not
+                linear in lr, as its first ten steps are made to prove.
             NotTwiceDifferentiable: for Rescaled, PyTorch has no second derivative of the loss.
 
         Example:
@@ -157,10 +163,11 @@ class Wrapper(Optimizer):
             >>> x.detach()
             tensor([0., 0.])
         """
-        if not callable(closure):
+        closures = [closure] if callable(closure) else closure
+        if not isinstance(closures, Sequence) or not closures or not all(map(callable, closures)):
             raise TypeError(
                 f"{type(self).__name__}.step needs a closure that returns the loss, a scalar or "
-                f"one per sample, without calling backward; it was given {type(closure).__name__}"
+                f"one per sample, or a list of such closures; it was given {_described(closure)}"
             )
         for group in self.param_groups:
             check_rate(group)
@@ -174,22 +181,17 @@ class Wrapper(Optimizer):
                 p.grad = None
             due = self.rule.due(iteration, self.every, self.rule_state)
             with SideEffects() as effects:
-                recorder = self.estimator.recorder() if due else Plain()
-                with recorder:
-                    losses = closure()
-                params_now = [p for p in params if p.requires_grad]
-                grads = _gradient(recorder, losses, params_now)
-                losses = losses.detach()
-                if isinstance(grads, str):
-                    record = StepRecord(iteration, skipped=grads)
+                recorder = self.estimator.recorder if due else Plain
+                found = evaluate(closures, recorder, params)
+                penalty = penalty_of(self.base, found.params)
+                trial = Trial(closures, effects.random, found, penalty, [])
+                unusable = _unusable(found)
+                if unusable is None:
+                    record = self._advance(iteration, trial, due)
                 else:
-                    penalty = penalty_of(self.base, params_now)
-                    trial = Trial(
-                        closure, recorder, effects.random, params_now, losses, penalty, []
-                    )
-                    record = self._advance(iteration, trial, grads, due)
-                    if record.skipped is None:
-                        effects.keep()
+                    record = StepRecord(iteration, skipped=unusable)
+                if record.skipped is None:
+                    effects.keep()
         finally:
             if record is None or record.skipped is not None:
                 for p, g in zip(params, old_grads, strict=True):
@@ -200,27 +202,26 @@ class Wrapper(Optimizer):
             self.skipped += 1
             message = f"step {iteration} skipped, nothing changed: {record.skipped}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
-        return losses
+        return found.result
 
-    def _advance(
-        self, iteration: int, trial: Trial, grads: list[Tensor | None], due: bool
-    ) -> StepRecord:
+    def _advance(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
         """Go along the base's direction, or leave the base as before."""
         before = Snapshot(self.base)
         record = None
         try:
-            record = self._go(iteration, trial, grads, due)
+            record = self._go(iteration, trial, due)
         finally:
             if record is None or record.skipped is not None:
                 before.restore()
         return record
 
-    def _go(
-        self, iteration: int, trial: Trial, grads: list[Tensor | None], due: bool
-    ) -> StepRecord:
+    def _go(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
         """Ask the base for a direction and go along it as far as the rule says."""
-        for p, g in zip(trial.params, grads, strict=True):
-            p.grad = g
+        if not trial.evaluation.accumulated:
+            for p, g in zip(trial.params, trial.evaluation.grads, strict=True):
+                p.grad = g if g is None or self.clip is None else g.clone()
+        if self.clip is not None:
+            self.clip([p for p in trial.params if p.grad is not None])
         ell = max(float(group["lr"]) for group in self.param_groups)
         ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.param_groups]
         proposed = self._proposer.propose(ratios)
@@ -230,7 +231,7 @@ class Wrapper(Optimizer):
         line = Line(
             iteration,
             value=trial.value(),
-            slope=trial.slope(grads),
+            slope=trial.slope(),
             squared_norm=inner(direction, direction),
             momentum=momentum(self.base),
             ell=ell,
@@ -368,14 +369,19 @@ def _shortened(trial: Trial, line: Line, step: float) -> float:
     return step
 
 
-def _gradient(recorder: Recorder, losses: Any, params: list[Tensor]) -> list[Tensor | None] | str:
-    """The gradient of the mean loss, or why the step must be skipped."""
-    try:
-        grads: list[Tensor | None] = recorder.backward(losses, params)
-    except NonFiniteLoss as error:
-        return str(error)
+def _described(closure: Any) -> str:
+    if isinstance(closure, (list, tuple)):
+        kinds = ", ".join(type(c).__name__ for c in closure)
+        return f"a {type(closure).__name__} of {kinds or 'nothing'}"
+    return type(closure).__name__
+
+
+def _unusable(found: Evaluation) -> str | None:
+    """Why no step can be taken from these gradients."""
+    if found.unusable is not None:
+        return found.unusable
     # The square must be finite too: preconditioners that hold it would never recover.
-    norms = torch._foreach_norm([g for g in grads if g is not None])
-    if not math.isfinite(total(norms)):
-        return "the gradient, or its square, is NaN or infinite"
-    return grads
+    norms = torch._foreach_norm([g for g in found.grads if g is not None])
+    return (
+        None if math.isfinite(total(norms)) else "the gradient, or its square, is NaN or infinite"
+    )

@@ -44,8 +44,8 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"checked", "groups", "inner", "ranges", "record", "snapshot"},
-        {"penalty", "twins"},
+        {"checked", "groups", "inner", "intercept", "ranges", "record", "snapshot"},
+        {"evaluation", "penalty", "twins"},
         {"energy", "trial"},
         {"line", "din", "memory", "preconditioned", "schedules"},
         {"estimators.estimator", "from_origin", "linear_in_rate", "rules.rule"},

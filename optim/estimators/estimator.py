@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from curvature import gradient
+from optim.evaluation import Plain, Recorder
 from optim.line import Estimate, Line
-from optim.trial import Recorder, Trial
+from optim.trial import Trial
 
 _FIRST_REACH = 1e-3  # relative to the parameters
-
-
-class Plain(torch.enable_grad):
-    """An ordinary forward and backward pass, without a record for second derivatives."""
-
-    def backward(self, losses: Tensor, params: Any) -> Any:
-        return gradient(losses, params)
 
 
 class Estimator(ABC):

@@ -48,22 +48,23 @@ class Exact(Estimator):
 
     per_sample: bool | None = None
 
-    def recorder(self) -> Tape:
+    def recorder(self) -> _Tape:
         return _Tape(self.per_sample)
 
     def first_reach(self, trial: Trial, line: Line) -> float:
         return math.inf
 
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
-        tape = trial.recorder
-        assert isinstance(tape, _Tape)
         unit, length = trial.unit(line.squared_norm)
-        quadratic = tape.directional(unit, per_sample=bool(tape.per_sample))
-        samples = quadratic.per_sample or quadratic
         penalty = trial.penalty.curvature(trial.direction)
-        curvature = quadratic.curvature.double().item() * length**2 + penalty
-        bent = samples.curvature.double() * length**2 + penalty
-        magnitude = bent.abs().mean().item()
+        curvature, magnitudes = penalty, []
+        for tape, share in trial.recorded(self.recorder):
+            quadratic = tape.directional(unit, per_sample=bool(tape.per_sample))
+            curvature += share * quadratic.curvature.double().item() * length**2
+            if quadratic.per_sample is not None:
+                bent = quadratic.per_sample.curvature.double() * length**2 + penalty
+                magnitudes.append(share * bent.abs().mean().item())
+        magnitude = sum(magnitudes) if magnitudes else abs(curvature)
         if not math.isfinite(magnitude):
             return "the curvature along the direction is NaN or infinite"
         return Estimate(line.slope, curvature, magnitude)

@@ -72,23 +72,23 @@ class GaussNewton(Estimator):
 
     model: nn.Module = field(repr=False)
 
-    def recorder(self) -> Tape:
+    def recorder(self) -> _Watching:
         return _Watching(self.model)
 
     def first_reach(self, trial: Trial, line: Line) -> float:
         return math.inf
 
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
-        tape = trial.recorder
-        assert isinstance(tape, _Watching)
-        if not tape.outputs:
-            raise ValueError(
-                "the closure did not call the model that GaussNewton was given, so its outputs, "
-                "between which and the loss the curvature is taken, are not known"
-            )
         unit, length = trial.unit(line.squared_norm)
-        bent = tape.gauss_newton(unit, tape.outputs).curvature.double().item() * length**2
-        curvature = bent + trial.penalty.curvature(trial.direction)
+        curvature = trial.penalty.curvature(trial.direction)
+        for tape, share in trial.recorded(self.recorder):
+            if not tape.outputs:
+                raise ValueError(
+                    "the closure did not call the model that GaussNewton was given, so its "
+                    "outputs, between which and the loss the curvature is taken, are not known"
+                )
+            bent = tape.gauss_newton(unit, tape.outputs).curvature.double().item()
+            curvature += share * bent * length**2
         if not math.isfinite(curvature):
             return "the curvature along the direction is NaN or infinite"
         return Estimate(line.slope, curvature, abs(curvature))

@@ -1,0 +1,149 @@
+"""What the closures of a step give: their losses, and the gradient of the mean of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from curvature import NonFiniteLoss, gradient
+from optim.intercept import intercepted
+
+Closure = Callable[[], Any]
+
+
+class Recorder(Protocol):
+    """Runs a closure and gives the gradient; :class:`curvature.Tape` is one."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
+
+    def backward(self, losses: Tensor, params: Any) -> Any: ...
+
+
+class Plain(torch.enable_grad):
+    """An ordinary forward and backward pass, without a record for second derivatives."""
+
+    def backward(self, losses: Tensor, params: Any) -> Any:
+        return gradient(losses, params)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Of one closure, or of several that have a part of the batch each.
+
+    Attributes:
+        result: what the closure returned; of several, their losses.
+        losses: a scalar, one for each sample, or one for each closure, without graph.
+        params: those that require a gradient by now.
+        grads: of the mean of the losses, for each of these.
+        shares: of each closure in the mean.
+        recorder: of a single closure.
+        accumulated: the closure called backward itself, and ``p.grad`` is as it left it.
+        unusable: why there are no gradients, if a loss is NaN or infinite.
+    """
+
+    result: Any
+    losses: Tensor
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    shares: list[float]
+    recorder: Recorder | None
+    accumulated: bool = False
+    unusable: str | None = None
+
+
+def evaluate(
+    closures: Sequence[Closure], recorder: Callable[[], Recorder], params: Sequence[Tensor]
+) -> Evaluation:
+    """Run each closure forward and backward, with no more than one graph at a time.
+
+    Raises:
+        TypeError, ValueError: a closure gave no usable loss; the message says why.
+    """
+    if len(closures) == 1:
+        return differentiated(closures[0], recorder(), params)
+    losses: list[Tensor] = []
+    sums: dict[Tensor, Tensor] = {}
+    for closure in closures:
+        part = differentiated(closure, recorder(), params)
+        if part.unusable is not None:
+            return part
+        if part.accumulated:
+            raise ValueError(
+                "one of several closures calls backward; let each return the loss of its part of "
+                "the batch"
+            )
+        losses.append(part.losses)
+        if part.losses.ndim != losses[0].ndim:
+            raise ValueError("some closures return a scalar, others one loss per sample")
+        for p, g in zip(part.params, part.grads, strict=True):
+            if g is not None:
+                weight = part.losses.numel()
+                sums[p] = sums[p].add_(g, alpha=weight) if p in sums else g * weight
+    count = sum(x.numel() for x in losses)
+    together = torch.cat([x.reshape(-1) for x in losses])
+    now = [p for p in params if p.requires_grad]
+    grads = [sums[p].div_(count) if p in sums else None for p in now]
+    shares = [x.numel() / count for x in losses]
+    return Evaluation(together, together, now, grads, shares, None)
+
+
+def differentiated(closure: Closure, recorder: Recorder, params: Sequence[Tensor]) -> Evaluation:
+    """Run one closure forward, and backward unless it does so itself."""
+    found: list[Evaluation] = []
+
+    def backward(losses: Tensor) -> None:
+        now = [p for p in params if p.requires_grad]
+        try:
+            grads, unusable = recorder.backward(losses, now), None
+        except NonFiniteLoss as error:
+            grads, unusable = [None] * len(now), str(error)
+        losses = losses.detach()
+        found.append(Evaluation(losses, losses, now, grads, [1.0], recorder, unusable=unusable))
+
+    def called(loss: Tensor) -> None:
+        if found:
+            raise ValueError(
+                "the closure calls backward more than once; for several parts of a batch give "
+                "step a list of closures that return the loss of a part each"
+            )
+        backward(loss)
+        if found[0].unusable is not None:
+            for p in found[0].params:
+                p.grad = torch.full_like(p, torch.nan)
+        else:
+            accumulate(found[0])
+
+    with recorder, intercepted(called):
+        result = closure()
+    if not found:
+        backward(result)
+        return found[0]
+    result = result.detach() if isinstance(result, Tensor) else result
+    return replace(found[0], result=result, accumulated=True)
+
+
+def accumulate(found: Evaluation) -> None:
+    """Do what ``backward`` would have done."""
+    for p, g in zip(found.params, found.grads, strict=True):
+        if g is not None:
+            # A copy, since clipping works in place.
+            p.grad = g.clone() if p.grad is None else p.grad + g
+
+
+def losses_again(closure: Closure, known: Evaluation) -> Tensor:
+    """The losses of a closure that is run again without a graph; its gradients are those known."""
+    found: list[Tensor] = []
+
+    def called(loss: Tensor) -> None:
+        found.append(loss)
+        accumulate(known)
+
+    with intercepted(called), torch.no_grad():
+        result = closure()
+    return found[0] if found else result

@@ -1,0 +1,253 @@
+"""Closures that call backward themselves, clipping, and several closures for one batch."""
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from optim import GeN, INNAprop, Rescaled
+from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
+from optim.intercept import intercepted
+
+F64 = torch.float64
+OPTIMIZERS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "tangent pass": lambda model, base: Rescaled(base, estimator=Exact(per_sample=False)),
+    "jet": lambda model, base: Rescaled(base),
+    "lazy": lambda model, base: Rescaled(base, every=2),
+    "Gauss-Newton": lambda model, base: Rescaled(base, estimator=GaussNewton(model)),
+    "gradients": lambda model, base: Rescaled(base, estimator=GradientDifferences()),
+    "losses": lambda model, base: Rescaled(base, estimator=Probes()),
+    "one loss": lambda model, base: Rescaled(base, estimator=Secant()),
+    "GeN": lambda model, base: GeN(base, phi=2),
+}
+BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.01),
+    "AdamW": torch.optim.AdamW,
+    "INNAprop": INNAprop,
+}
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+class Problem:
+    def __init__(self, optimizer: str, base: str = "SGD", **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+        self.optimizer = OPTIMIZERS[optimizer](self.model, BASES[base](self.model.parameters()))
+        self.batches = [(torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))) for _ in range(5)]
+
+    def losses(self, k: int, rows: slice = slice(None)) -> Tensor:
+        x, y = self.batches[k]
+        return F.cross_entropy(self.model(x[rows]), y[rows], reduction="none")
+
+    def values(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+@every_base
+@every_optimizer
+def test_a_closure_that_calls_backward_does_the_same(optimizer: str, base: str) -> None:
+    plain, other = Problem(optimizer, base), Problem(optimizer, base)
+
+    def closure(k: int) -> Tensor:
+        if k % 2:  # without, gradients are none anyway
+            other.optimizer.zero_grad()
+        loss = other.losses(k).mean()
+        loss.backward()
+        return loss
+
+    for k in range(5):
+        expected = plain.optimizer.step(lambda k=k: plain.losses(k).mean())
+        loss = other.optimizer.step(lambda k=k: closure(k))
+        assert loss == expected
+        assert not loss.requires_grad
+        for p, q in zip(plain.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+    torch.testing.assert_close(other.values(), plain.values(), rtol=0, atol=0)
+    assert other.optimizer.records[-1] == plain.optimizer.records[-1]
+
+
+@pytest.mark.parametrize("how", ["norm", "value"])
+@every_optimizer
+def test_clipping_changes_the_direction_and_not_the_loss(optimizer: str, how: str) -> None:
+    """In the closure or by the option, whose slope and curvature are those of the loss."""
+    inside, option = Problem(optimizer), Problem(optimizer)
+    inside.optimizer.base.param_groups[0].update(momentum=0.0, weight_decay=0.0)
+    option.optimizer.base.param_groups[0].update(momentum=0.0, weight_decay=0.0)
+    clips = []
+
+    def clip(params: list[Tensor]) -> None:
+        clips.append(len(params))
+        if how == "norm":
+            clip_grad_norm_(params, 0.01)
+        else:
+            clip_grad_value_(params, 0.005)
+
+    def closure(k: int) -> Tensor:
+        inside.optimizer.zero_grad()
+        loss = inside.losses(k).mean()
+        loss.backward()
+        clip(list(inside.model.parameters()))
+        return loss
+
+    option.optimizer.clip = clip
+    for k in range(4):
+        gradient = torch.autograd.grad(option.losses(k).mean(), list(option.model.parameters()))
+        inside.optimizer.step(lambda k=k: closure(k))
+        clips.clear()
+        option.optimizer.step(lambda k=k: option.losses(k).mean())
+        assert clips == [4]  # once, whatever is probed
+        clipped = [p.grad for p in option.model.parameters()]
+        slope = sum((a * b).sum() for a, b in zip(clipped, gradient, strict=True))
+        assert option.optimizer.records[-1].slope == pytest.approx(slope.item(), rel=1e-12)
+        for p, q in zip(inside.model.parameters(), option.model.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+    torch.testing.assert_close(inside.values(), option.values(), rtol=0, atol=0)
+
+
+def test_clipping_leaves_a_quadratic_its_exact_line_search() -> None:
+    x = nn.Parameter(torch.tensor([3.0, -4.0], dtype=F64))
+    base = torch.optim.SGD([x])
+    optimizer = Rescaled(base, ell=0.5, clip=lambda params: clip_grad_norm_(params, 0.1))
+    optimizer.step(lambda: x.square().sum() / 2)
+    torch.testing.assert_close(x.detach(), torch.zeros(2, dtype=F64))
+
+
+@pytest.mark.parametrize("parts", [[8], [4, 4], [2, 2, 2, 2], [5, 3], [1, 6, 1]])
+@every_base
+@every_optimizer
+def test_several_closures_are_the_joined_batch(optimizer: str, base: str, parts: list[int]) -> None:
+    joined, several = Problem(optimizer, base), Problem(optimizer, base)
+    ends = torch.tensor(parts).cumsum(0).tolist()
+    rows = [slice(end - part, end) for end, part in zip(ends, parts, strict=True)]
+    for k in range(5):
+        expected = joined.optimizer.step(lambda k=k: joined.losses(k))
+        closures = [lambda k=k, r=r: several.losses(k, r) for r in rows]
+        losses = several.optimizer.step(closures)
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+        a, b = several.optimizer.records[-1], joined.optimizer.records[-1]
+        assert (a.curvature is None) == (b.curvature is None)
+        for name in ("value", "slope", "curvature", "magnitude", "step"):
+            if getattr(a, name) is not None:
+                assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-6)
+    torch.testing.assert_close(several.values(), joined.values(), rtol=1e-6, atol=1e-9)
+
+
+@every_optimizer
+def test_several_closures_of_a_scalar_each_are_their_mean(optimizer: str) -> None:
+    joined, several = Problem(optimizer), Problem(optimizer)
+    for k in range(4):
+        joined.optimizer.step(lambda k=k: joined.losses(k).mean())
+        halves = [lambda k=k, r=r: several.losses(k, r).mean() for r in (slice(0, 4), slice(4, 8))]
+        losses = several.optimizer.step(halves)
+        assert losses.shape == (2,)
+    torch.testing.assert_close(several.values(), joined.values(), rtol=1e-6, atol=1e-9)
+
+
+@every_optimizer
+def test_a_closure_that_runs_again_sees_the_same_random_numbers(optimizer: str) -> None:
+    problem = Problem(optimizer)
+    drawn: list[list[float]] = [[], []]
+
+    def closure(i: int) -> Tensor:
+        drawn[i].append(torch.rand(()).item())
+        return problem.losses(0, slice(4 * i, 4 * i + 4))
+
+    torch.manual_seed(7)
+    problem.optimizer.step([lambda: closure(0), lambda: closure(1)])
+    after = torch.rand(())
+    torch.manual_seed(7)
+    assert [set(d) for d in drawn] == [{torch.rand(()).item()}, {torch.rand(()).item()}]
+    assert torch.rand(()) == after
+    assert all(len(d) > 1 for d in drawn)
+
+
+def twice(problem: Problem) -> None:
+    for r in (slice(0, 4), slice(4, 8)):
+        problem.losses(0, r).mean().backward()
+
+
+def as_weights(problem: Problem) -> None:
+    losses = problem.losses(0)
+    losses.backward(torch.ones_like(losses))
+
+
+def through_autograd(problem: Problem) -> None:
+    loss = problem.losses(0).mean()
+    torch.autograd.backward([loss, loss])
+
+
+@pytest.mark.parametrize(
+    ("closure", "message"),
+    [
+        (twice, "more than once; for several parts of a batch"),
+        (as_weights, "calls backward with gradient; call it plainly"),
+        (lambda p: p.losses(0).mean().backward(create_graph=True), "with create_graph"),
+        (lambda p: p.losses(0).mean().backward(inputs=[p.model[0].bias]), "with inputs"),
+        (lambda p: p.losses(0).backward(), "on something else than one number"),
+        (through_autograd, "on something else than one number"),
+        (lambda p: p.losses(0).mean().detach().backward(), "no graph"),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["jet", "GeN"])
+def test_backward_that_leaves_the_loss_open_is_refused(
+    closure: Any, message: str, optimizer: str
+) -> None:
+    problem = Problem(optimizer)
+    problem.optimizer.step(lambda: problem.losses(1))
+    before, grads = problem.values(), [p.grad for p in problem.model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        problem.optimizer.step(lambda: closure(problem))
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+    assert all(p.grad is g for p, g in zip(problem.model.parameters(), grads, strict=True))
+
+
+def test_lists_that_are_none() -> None:
+    problem = Problem("jet")
+    step = problem.optimizer.step
+    with pytest.raises(TypeError, match="a list of nothing"):
+        step([])
+    with pytest.raises(TypeError, match="it was given a list of function, Tensor"):
+        step([lambda: problem.losses(0), problem.losses(0)])
+    with pytest.raises(ValueError, match="some closures return a scalar, others one loss"):
+        step([lambda: problem.losses(0), lambda: problem.losses(1).mean()])
+    with pytest.raises(ValueError, match="one of several closures calls backward"):
+        step([lambda: problem.losses(0).mean().backward()] * 2)
+    with pytest.warns(RuntimeWarning, match=r"nothing changed: .* 4 of 8 samples is NaN"):
+        step([lambda: problem.losses(0), lambda: problem.losses(1) / (torch.arange(8) > 3)])
+    assert len(problem.optimizer.records) == 1
+
+
+def test_a_loss_that_is_nan_is_skipped_after_its_backward() -> None:
+    problem = Problem("jet")
+    before = problem.values()
+    ran = []
+
+    def closure() -> None:
+        (problem.losses(0).mean() * torch.nan).backward()
+        ran.append(clip_grad_norm_(problem.model.parameters(), 1.0))
+
+    with pytest.warns(RuntimeWarning, match="nothing changed: the loss is nan"):
+        problem.optimizer.step(closure)
+    assert math.isnan(ran[0])
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+
+
+def test_other_threads_keep_their_backward() -> None:
+    x = torch.ones(1, requires_grad=True)
+    found: list[Tensor] = []
+    with intercepted(found.append):
+        thread = threading.Thread(target=lambda: (3 * x).sum().backward())
+        thread.start()
+        thread.join()
+        (5 * x).sum().backward()
+    assert x.grad == 3
+    assert found == [torch.tensor(5.0)]
+    x.sum().backward()
+    assert x.grad == 4
