@@ -130,10 +130,14 @@ def differentiated(closure: Closure, recorder: Recorder, params: Sequence[Tensor
 
 def accumulate(found: Evaluation) -> None:
     """Do what ``backward`` would have done."""
+    if any(p.grad is not None for p in found.params):
+        raise ValueError(
+            "p.grad holds gradients that were computed outside this step's closure; call zero_grad "
+            "in it, or, to accumulate several parts of a batch, give step a list of closures"
+        )
     for p, g in zip(found.params, found.grads, strict=True):
-        if g is not None:
-            # A copy, since clipping works in place.
-            p.grad = g.clone() if p.grad is None else p.grad + g
+        # A copy, since clipping works in place.
+        p.grad = None if g is None else g.clone()
 
 
 def losses_again(closure: Closure, known: Evaluation) -> Tensor:

@@ -19,6 +19,7 @@ from optim.estimators import Estimator
 from optim.evaluation import Closure, Evaluation, Plain, evaluate
 from optim.groups import check_group, check_rate
 from optim.inner import inner, total
+from optim.left_grads import LeftGrads
 from optim.line import Estimate, Line
 from optim.penalty import penalty_of
 from optim.ranges import check_count, check_positive
@@ -80,6 +81,7 @@ class Wrapper(Optimizer):
         self.iteration = 0
         self._length = 0.0
         self._kinetic = 0.0
+        self._left_grads = LeftGrads()
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -176,9 +178,7 @@ class Wrapper(Optimizer):
         iteration = self.iteration + 1
         record = None
         try:
-            # Also for a parameter that is frozen by now: the base would go on along the last one.
-            for p in params:
-                p.grad = None
+            self._left_grads.clear(params)
             due = self.rule.due(iteration, self.every, self.rule_state)
             with SideEffects() as effects:
                 recorder = self.estimator.recorder if due else Plain
@@ -196,6 +196,8 @@ class Wrapper(Optimizer):
             if record is None or record.skipped is not None:
                 for p, g in zip(params, old_grads, strict=True):
                     p.grad = g
+            else:
+                self._left_grads.note(params)
         self.iteration = iteration
         self.records.append(record)
         if record.skipped is not None:
@@ -217,11 +219,7 @@ class Wrapper(Optimizer):
 
     def _go(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
         """Ask the base for a direction and go along it as far as the rule says."""
-        if not trial.evaluation.accumulated:
-            for p, g in zip(trial.params, trial.evaluation.grads, strict=True):
-                p.grad = g if g is None or self.clip is None else g.clone()
-        if self.clip is not None:
-            self.clip([p for p in trial.params if p.grad is not None])
+        self._hand_over(trial.evaluation)
         ell = max(float(group["lr"]) for group in self.param_groups)
         ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.param_groups]
         proposed = self._proposer.propose(ratios)
@@ -269,6 +267,17 @@ class Wrapper(Optimizer):
             # A schedule that takes ell to 0 must not take the probes into the rounding.
             self._length = step / ell * length
         return replace(record, step=step)
+
+    def _hand_over(self, found: Evaluation) -> None:
+        """Put the gradients into ``p.grad``, where the base looks for them."""
+        if not found.accumulated:
+            # Also of a parameter that is frozen by now: the base would go on along the last one.
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.grad = None
+            for p, g in zip(found.params, found.grads, strict=True):
+                p.grad = g if g is None or self.clip is None else g.clone()
+        if self.clip is not None:
+            self.clip([p for p in found.params if p.grad is not None])
 
     def _measure(self, trial: Trial, line: Line) -> Estimate | str:
         try:

@@ -224,6 +224,26 @@ def test_lists_that_are_none() -> None:
     assert len(problem.optimizer.records) == 1
 
 
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("optimizer", ["jet", "GeN"])
+def test_gradients_of_others_are_not_dropped(optimizer: str, added: bool) -> None:
+    """Accumulated beside the step, or onto what it left."""
+    problem = Problem(optimizer)
+    problem.optimizer.step(lambda: problem.losses(0))
+    problem.optimizer.step(lambda: problem.losses(0).mean().backward())
+    if not added:
+        problem.optimizer.zero_grad()
+    problem.losses(1).mean().backward()
+    grads = [p.grad.clone() for p in problem.model.parameters()]
+    with pytest.raises(ValueError, match="computed outside this step's closure; call zero_grad"):
+        problem.optimizer.step(lambda: problem.losses(2).mean().backward())
+    for p, g in zip(problem.model.parameters(), grads, strict=True):
+        assert torch.equal(p.grad, g)
+    problem.optimizer.zero_grad()
+    problem.optimizer.step(lambda: problem.losses(2).mean().backward())
+    assert len(problem.optimizer.records) == 3
+
+
 def test_a_loss_that_is_nan_is_skipped_after_its_backward() -> None:
     problem = Problem("jet")
     before = problem.values()

@@ -44,7 +44,7 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"checked", "groups", "inner", "intercept", "ranges", "record", "snapshot"},
+        {"checked", "groups", "inner", "intercept", "left_grads", "ranges", "record", "snapshot"},
         {"evaluation", "penalty", "twins"},
         {"energy", "trial"},
         {"line", "din", "memory", "preconditioned", "schedules"},
