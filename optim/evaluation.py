@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from curvature import NonFiniteLoss, gradient
+from optim.autocast import autocast_noted
 from optim.intercept import intercepted
+from optim.loss_scale import LossScale
 
 Closure = Callable[[], Any]
 
@@ -42,6 +44,8 @@ class Evaluation:
         params: those that require a gradient by now.
         grads: of the mean of the losses, for each of these.
         shares: of each closure in the mean.
+        scale: by which the recorder's loss is larger, so that half precision holds its gradients.
+        eps: the rounding of autocast, 0 without it.
         recorder: of a single closure.
         accumulated: the closure called backward itself, and ``p.grad`` is as it left it.
         unusable: why there are no gradients, if a loss is NaN or infinite.
@@ -53,12 +57,17 @@ class Evaluation:
     grads: list[Tensor | None]
     shares: list[float]
     recorder: Recorder | None
+    scale: float = 1.0
+    eps: float = 0.0
     accumulated: bool = False
     unusable: str | None = None
 
 
 def evaluate(
-    closures: Sequence[Closure], recorder: Callable[[], Recorder], params: Sequence[Tensor]
+    closures: Sequence[Closure],
+    recorder: Callable[[], Recorder],
+    params: Sequence[Tensor],
+    loss_scale: LossScale,
 ) -> Evaluation:
     """Run each closure forward and backward, with no more than one graph at a time.
 
@@ -66,11 +75,11 @@ def evaluate(
         TypeError, ValueError: a closure gave no usable loss; the message says why.
     """
     if len(closures) == 1:
-        return differentiated(closures[0], recorder(), params)
+        return differentiated(closures[0], recorder(), params, loss_scale)
     losses: list[Tensor] = []
     sums: dict[Tensor, Tensor] = {}
     for closure in closures:
-        part = differentiated(closure, recorder(), params)
+        part = differentiated(closure, recorder(), params, loss_scale)
         if part.unusable is not None:
             return part
         if part.accumulated:
@@ -90,21 +99,28 @@ def evaluate(
     now = [p for p in params if p.requires_grad]
     grads = [sums[p].div_(count) if p in sums else None for p in now]
     shares = [x.numel() / count for x in losses]
-    return Evaluation(together, together, now, grads, shares, None)
+    return Evaluation(together, together, now, grads, shares, None, part.scale, part.eps)
 
 
-def differentiated(closure: Closure, recorder: Recorder, params: Sequence[Tensor]) -> Evaluation:
+def differentiated(
+    closure: Closure, recorder: Recorder, params: Sequence[Tensor], loss_scale: LossScale
+) -> Evaluation:
     """Run one closure forward, and backward unless it does so itself."""
     found: list[Evaluation] = []
 
     def backward(losses: Tensor) -> None:
         now = [p for p in params if p.requires_grad]
+        scaled, scale = loss_scale.scaled(losses)
         try:
-            grads, unusable = recorder.backward(losses, now), None
+            grads, unusable = recorder.backward(scaled, now), None
         except NonFiniteLoss as error:
             grads, unusable = [None] * len(now), str(error)
+        if scale != 1:
+            grads = [None if g is None else g / scale for g in grads]
         losses = losses.detach()
-        found.append(Evaluation(losses, losses, now, grads, [1.0], recorder, unusable=unusable))
+        found.append(
+            Evaluation(losses, losses, now, grads, [1.0], recorder, scale, unusable=unusable)
+        )
 
     def called(loss: Tensor) -> None:
         if found:
@@ -119,13 +135,13 @@ def differentiated(closure: Closure, recorder: Recorder, params: Sequence[Tensor
         else:
             accumulate(found[0])
 
-    with recorder, intercepted(called):
+    with recorder, intercepted(called), autocast_noted(params) as precision:
         result = closure()
-    if not found:
-        backward(result)
-        return found[0]
+        if not found:
+            backward(result)
+            return replace(found[0], eps=precision.eps)
     result = result.detach() if isinstance(result, Tensor) else result
-    return replace(found[0], result=result, accumulated=True)
+    return replace(found[0], result=result, eps=precision.eps, accumulated=True)
 
 
 def accumulate(found: Evaluation) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from optim.estimators import Secant
@@ -45,6 +46,7 @@ class GeN(Wrapper):
             the step halved until it does not rise.
         clip: called at each step with the parameters that have a gradient, to clip ``p.grad`` in
             place, as in :class:`optim.Rescaled`.
+        scaler: of the loss, for autocast in float16, as in :class:`optim.Rescaled`.
 
     Raises:
         TypeError: base's step is known not to be linear in lr, or a parameter is not float32 or
@@ -69,6 +71,7 @@ class GeN(Wrapper):
         ell: float = 0.95,
         checked: int = 10,
         clip: Callable[[list[Tensor]], Any] | None = None,
+        scaler: GradScaler | None = None,
     ) -> None:
         check_count("phi", phi)
         super().__init__(
@@ -79,4 +82,5 @@ class GeN(Wrapper):
             every=phi,
             checked=checked,
             clip=clip,
+            scaler=scaler,
         )

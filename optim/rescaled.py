@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from optim.energy import Energetic
@@ -50,6 +51,9 @@ class Rescaled(Wrapper):
         clip: called at each step with the parameters that have a gradient, to clip ``p.grad`` in
             place: ``lambda params: torch.nn.utils.clip_grad_norm_(params, 1.0)``. Slope and
             curvature stay those of the loss.
+        scaler: scales the loss where autocast computes in float16, whose range its gradients
+            would leave; the step itself calls scale and update. Its state is for the caller to
+            save.
 
     If the closure returns one loss per sample, the absolute value is taken per sample, as in
     the paper; curvatures of opposite sign then do not cancel. With a scalar loss it is taken of
@@ -82,6 +86,7 @@ class Rescaled(Wrapper):
         every: int = 1,
         checked: int = 10,
         clip: Callable[[list[Tensor]], Any] | None = None,
+        scaler: GradScaler | None = None,
     ) -> None:
         super().__init__(
             base,
@@ -91,6 +96,7 @@ class Rescaled(Wrapper):
             every=every,
             checked=checked,
             clip=clip,
+            scaler=scaler,
         )
 
 

@@ -22,6 +22,7 @@ from optim.evaluation import (
     losses_again,
 )
 from optim.inner import inner
+from optim.loss_scale import LossScale
 from optim.penalty import Penalty
 
 R = TypeVar("R", bound=Recorder)
@@ -35,6 +36,7 @@ class Trial:
     """
 
     closures: Sequence[Closure]
+    loss_scale: LossScale
     random: RandomState
     evaluation: Evaluation
     penalty: Penalty
@@ -45,19 +47,19 @@ class Trial:
         return self.evaluation.params
 
     def recorded(self, recorder: Callable[[], R]) -> Iterator[tuple[R, float]]:
-        """What recorded each closure's pass, and the share of that closure in the loss.
+        """What recorded each closure's pass, and what its loss counts in the mean.
 
         Several are run again, one at a time: their graphs together might not fit.
         """
         if self.evaluation.recorder is not None:
-            yield cast(R, self.evaluation.recorder), 1.0
+            yield cast(R, self.evaluation.recorder), 1 / self.evaluation.scale
             return
         self.random.restore()
         for closure, share in zip(self.closures, self.evaluation.shares, strict=True):
             again = recorder()
             with self._without_grads():
-                differentiated(closure, again, self.params)
-            yield again, share
+                scale = differentiated(closure, again, self.params, self.loss_scale).scale
+            yield again, share / scale
 
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
         """The mean loss with other values in the parameters, and the same random numbers."""
@@ -82,14 +84,16 @@ class Trial:
 
     def rounding(self, loss: float) -> float:
         """How far apart ``loss`` and the mean loss here may be by rounding alone."""
-        eps = torch.finfo(self.evaluation.losses.dtype).eps
-        return 8 * eps * max(abs(loss), self.evaluation.losses.double().abs().mean().item())
+        losses, eps = self.evaluation.losses, self.evaluation.eps
+        # Under autocast each sample is rounded by itself, as far as the samples are known.
+        relative = 8 * torch.finfo(losses.dtype).eps + eps / math.sqrt(losses.numel())
+        return relative * max(abs(loss), losses.double().abs().mean().item())
 
     def slope_after(self, step: float) -> float:
         """The derivative of the mean loss along d at theta - step d."""
         values = self._after(step)
         with self._moved_to(values):
-            grads = evaluate(self.closures, Plain, self.params).grads
+            grads = evaluate(self.closures, Plain, self.params, self.loss_scale).grads
         return inner(self.direction, grads) + self.penalty.slope(values, self.direction)
 
     @torch.no_grad()

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from curvature import NonFiniteLoss, SideEffects
+from curvature import NonFiniteLoss, RandomState, SideEffects
 from optim.direction import momentum, proposer
 from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
@@ -21,6 +22,7 @@ from optim.groups import check_group, check_rate
 from optim.inner import inner, total
 from optim.left_grads import LeftGrads
 from optim.line import Estimate, Line
+from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
 from optim.ranges import check_count, check_positive
 from optim.record import Records, StepRecord
@@ -29,6 +31,7 @@ from optim.rules.rule import State
 from optim.snapshot import Snapshot
 from optim.trial import Trial
 
+_OVERFLOW = "the gradient, or its square, is NaN or infinite"
 _HALVINGS = 40  # after which no length of the step is left to speak of
 
 
@@ -57,6 +60,7 @@ class Wrapper(Optimizer):
         every: int,
         checked: int,
         clip: Callable[[list[Tensor]], Any] | None = None,
+        scaler: GradScaler | None = None,
     ) -> None:
         if isinstance(base, Wrapper):
             raise TypeError(f"base is a {type(base).__name__}, which already chooses the step")
@@ -82,6 +86,7 @@ class Wrapper(Optimizer):
         self._length = 0.0
         self._kinetic = 0.0
         self._left_grads = LeftGrads()
+        self._loss_scale = LossScale(scaler)
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -165,31 +170,16 @@ class Wrapper(Optimizer):
             >>> x.detach()
             tensor([0., 0.])
         """
-        closures = [closure] if callable(closure) else closure
-        if not isinstance(closures, Sequence) or not closures or not all(map(callable, closures)):
-            raise TypeError(
-                f"{type(self).__name__}.step needs a closure that returns the loss, a scalar or "
-                f"one per sample, or a list of such closures; it was given {_described(closure)}"
-            )
+        closures = _closures(closure, type(self).__name__)
         for group in self.param_groups:
             check_rate(group)
         params = [p for group in self.param_groups for p in group["params"]]
         old_grads = [p.grad for p in params]
-        iteration = self.iteration + 1
         record = None
         try:
             self._left_grads.clear(params)
-            due = self.rule.due(iteration, self.every, self.rule_state)
             with SideEffects() as effects:
-                recorder = self.estimator.recorder if due else Plain
-                found = evaluate(closures, recorder, params)
-                penalty = penalty_of(self.base, found.params)
-                trial = Trial(closures, effects.random, found, penalty, [])
-                unusable = _unusable(found)
-                if unusable is None:
-                    record = self._advance(iteration, trial, due)
-                else:
-                    record = StepRecord(iteration, skipped=unusable)
+                found, record = self._attempt(closures, params, effects.random)
                 if record.skipped is None:
                     effects.keep()
         finally:
@@ -198,13 +188,38 @@ class Wrapper(Optimizer):
                     p.grad = g
             else:
                 self._left_grads.note(params)
-        self.iteration = iteration
+        self.iteration = record.iteration
         self.records.append(record)
         if record.skipped is not None:
             self.skipped += 1
-            message = f"step {iteration} skipped, nothing changed: {record.skipped}"
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            # A loss scale finds its place by overflows.
+            if not (record.skipped == _OVERFLOW and self._loss_scale.used):
+                message = f"step {record.iteration} skipped, nothing changed: {record.skipped}"
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
         return found.result
+
+    def _attempt(
+        self, closures: Sequence[Closure], params: list[Tensor], random: RandomState
+    ) -> tuple[Evaluation, StepRecord]:
+        """Evaluate the closures and go, or say why not; what they did besides stands."""
+        iteration = self.iteration + 1
+        due = self.rule.due(iteration, self.every, self.rule_state)
+        recorder = self.estimator.recorder if due else Plain
+        found = evaluate(closures, recorder, params, self._loss_scale)
+        if found.unusable is not None:
+            return found, StepRecord(iteration, skipped=found.unusable)
+        # The square must be finite too: preconditioners that hold it would never recover.
+        norms = torch._foreach_norm([g for g in found.grads if g is not None])
+        overflowed = not math.isfinite(total(norms))
+        if overflowed:
+            record = StepRecord(iteration, skipped=_OVERFLOW)
+        else:
+            penalty = penalty_of(self.base, found.params)
+            trial = Trial(closures, self._loss_scale, random, found, penalty, [])
+            record = self._advance(iteration, trial, due)
+        # Not before: it writes to the scale, which the graph has saved.
+        self._loss_scale.update(overflowed=overflowed)
+        return found, record
 
     def _advance(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
         """Go along the base's direction, or leave the base as before."""
@@ -305,6 +320,7 @@ class Wrapper(Optimizer):
             "skipped": self.skipped,
             "length": self._length,
             "kinetic": self._kinetic,
+            "steady": self._loss_scale.steady,
             "rule_state": dict(self.rule_state),
         }
 
@@ -357,6 +373,7 @@ class Wrapper(Optimizer):
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "wrapper"})
         self.iteration, self.skipped = own["iteration"], own["skipped"]
         self._length, self._kinetic = own["length"], own["kinetic"]
+        self._loss_scale.steady = own["steady"]
         self.rule_state = dict(own["rule_state"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -378,19 +395,14 @@ def _shortened(trial: Trial, line: Line, step: float) -> float:
     return step
 
 
-def _described(closure: Any) -> str:
-    if isinstance(closure, (list, tuple)):
-        kinds = ", ".join(type(c).__name__ for c in closure)
-        return f"a {type(closure).__name__} of {kinds or 'nothing'}"
-    return type(closure).__name__
-
-
-def _unusable(found: Evaluation) -> str | None:
-    """Why no step can be taken from these gradients."""
-    if found.unusable is not None:
-        return found.unusable
-    # The square must be finite too: preconditioners that hold it would never recover.
-    norms = torch._foreach_norm([g for g in found.grads if g is not None])
-    return (
-        None if math.isfinite(total(norms)) else "the gradient, or its square, is NaN or infinite"
+def _closures(given: Any, name: str) -> Sequence[Closure]:
+    closures = [given] if callable(given) else given
+    if isinstance(closures, (list, tuple)) and closures and all(map(callable, closures)):
+        return closures
+    kind = type(given).__name__
+    if isinstance(given, (list, tuple)):
+        kind = f"a {kind} of {', '.join(type(c).__name__ for c in given) or 'nothing'}"
+    raise TypeError(
+        f"{name}.step needs a closure that returns the loss, a scalar or one per sample, or a "
+        f"list of such closures; it was given {kind}"
     )

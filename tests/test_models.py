@@ -382,10 +382,13 @@ def test_a_loss_near_zero_keeps_its_digits() -> None:
     torch.testing.assert_close(fast.curvature.double(), exact.curvature, rtol=1e-5, atol=0)
 
 
-def test_autocast_is_followed() -> None:
-    """Products are in bfloat16, forward and backward; both engines differentiate these."""
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(32), nn.GroupNorm(4, 32), nn.BatchNorm1d(32), nn.Identity()]
+)
+def test_autocast_is_followed(norm: nn.Module) -> None:
+    """Products are in bfloat16, forward and backward; all engines differentiate these."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8), nn.LayerNorm(8))
+    model = nn.Sequential(nn.Linear(16, 32), norm, nn.Tanh(), nn.Linear(32, 8))
     x, y = torch.randn(64, 16), torch.randint(8, (64,))
     params = dict(model.named_parameters())
     v = {name: torch.randn_like(p) for name, p in params.items()}
@@ -395,6 +398,7 @@ def test_autocast_is_followed() -> None:
             losses = F.cross_entropy(model(x), y, reduction="none")
         tape.backward(losses, params)
         curvatures.append(tape.directional(v).curvature)
+        curvatures.append(tape.directional(v, per_sample=True).per_sample.curvature.mean())
     exact = directional(Objective(model, F.cross_entropy, (x, y)), params, v)
     assert exact.contributions is not None
     size = float(sum(term.curvature.abs() for term in exact.contributions))

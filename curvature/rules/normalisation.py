@@ -48,7 +48,7 @@ class _Normalisation(Rule):
         if any(d is not None for d in ddots):
             x, w, b = _as(n, ddots)
             second = add(n.scaled(None if x is None else n.project(x), w, b), second)
-        return (out,), (None if second is None else second.view(call.shape()),)
+        return (out,), (None if second is None else _like_output(call, second),)
 
     def adjoint(
         self, call: Call, dots: Tensors, cotangents: Tensors

@@ -1,0 +1,37 @@
+"""The precision in which the modules of a closure compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+@dataclass
+class Precision:
+    """The coarsest rounding of an autocast seen so far; 0 without any."""
+
+    eps: float = 0.0
+
+
+@contextmanager
+def autocast_noted(params: Iterable[Tensor]) -> Iterator[Precision]:
+    """Inside, note in which dtype autocast lets modules compute on the parameters' devices."""
+    precision = Precision()
+    devices = {p.device.type for p in params}
+
+    def note(*_: object) -> None:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                eps = torch.finfo(torch.get_autocast_dtype(device)).eps
+                precision.eps = max(precision.eps, eps)
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield precision
+    finally:
+        handle.remove()

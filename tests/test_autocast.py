@@ -1,0 +1,116 @@
+"""Autocast and loss scales: the wrappers in half precision."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn import functional as F  # noqa: N812
+
+from optim import GeN, Rescaled
+from optim.estimators import Exact, GradientDifferences, Probes, Secant
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "jet": Rescaled,
+    "tangent pass": lambda base, **k: Rescaled(base, estimator=Exact(per_sample=False), **k),
+    "gradients": lambda base, **k: Rescaled(base, estimator=GradientDifferences(), **k),
+    "losses": lambda base, **k: Rescaled(base, estimator=Probes(), **k),
+    "one loss": lambda base, **k: Rescaled(base, estimator=Secant(), **k),
+    "GeN": lambda base, **k: GeN(base, phi=1, **k),
+}
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+class Problem:
+    def __init__(self, optimizer: str, dtype: torch.dtype | None, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.LayerNorm(32), nn.Linear(32, 3))
+        self.optimizer = OPTIMIZERS[optimizer](torch.optim.SGD(self.model.parameters()), **options)
+        self.x, self.y = torch.randn(64, 8), torch.randint(3, (64,))
+        self.dtype = dtype
+
+    def losses(self) -> Tensor:
+        with torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            return F.cross_entropy(self.model(self.x), self.y, reduction="none")
+
+    def train(self, steps: int) -> float:
+        for _ in range(steps):
+            loss = self.optimizer.step(self.losses).mean().item()
+        return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_optimizer
+def test_training_under_autocast_is_training(optimizer: str, dtype: torch.dtype) -> None:
+    """Its rounding is neither slope nor curvature: about as far as in single precision."""
+    single, half = Problem(optimizer, None).train(25), Problem(optimizer, dtype).train(25)
+    assert half < 1.3 * single
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+@every_optimizer
+def test_a_loss_scale_changes_no_number(optimizer: str, scale: float) -> None:
+    """In single precision, where a power of two rounds nothing."""
+    plain = Problem(optimizer, None)
+    scaled = Problem(optimizer, None, scaler=GradScaler("cpu", init_scale=scale))
+    assert plain.train(5) == scaled.train(5)
+    for a, b in zip(plain.optimizer.records, scaled.optimizer.records, strict=True):
+        assert a == b
+    torch.testing.assert_close(scaled.model.state_dict(), plain.model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_loss_scale_serves_every_closure_of_several() -> None:
+    found = []
+    for scaler in (None, GradScaler("cpu", init_scale=2.0**10)):
+        problem = Problem("jet", None, scaler=scaler)
+        problem.optimizer.step([lambda p=problem: p.losses()[:5], lambda p=problem: p.losses()])
+        found.append(problem.optimizer.records[-1])
+    assert found[0] == found[1]
+
+
+@every_optimizer
+def test_a_loss_scale_falls_at_overflows_and_rises_after_many_steps(optimizer: str) -> None:
+    scaler = GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
+    problem = Problem(optimizer, torch.float16, scaler=scaler)
+    before = copy.deepcopy(problem.model.state_dict())
+    scales = []
+    while not problem.optimizer.records or problem.optimizer.records[-1].skipped:
+        torch.testing.assert_close(problem.model.state_dict(), before, rtol=0, atol=0)
+        problem.train(1)  # no warning either, which would be an error here
+        scales.append(scaler.get_scale())
+    overflows = problem.optimizer.skipped
+    assert 1 <= overflows == len(scales) - 1
+    assert scales[:-1] == [2.0 ** (29 - k) for k in range(overflows)]
+    assert scales[-1] == scales[-2]
+    problem.train(2)
+    assert scaler.get_scale() == 2 * scales[-1] or problem.optimizer.skipped > overflows
+
+
+def test_float16_without_a_scale_loses_small_gradients() -> None:
+    """And with one keeps them: what the scaler is for."""
+
+    def slope(scaler: GradScaler | None, dtype: torch.dtype | None) -> float:
+        problem = Problem("tangent pass", dtype, scaler=scaler)
+        problem.optimizer.step(lambda: problem.losses() * 1e-8)
+        return float(problem.optimizer.records[-1].slope)
+
+    expected = slope(None, None)
+    assert slope(GradScaler("cpu", init_scale=2.0**24), torch.float16) == pytest.approx(
+        expected, rel=1e-2
+    )
+    assert slope(None, torch.float16) < 0.9 * expected
+
+
+def test_the_count_of_steady_steps_is_saved() -> None:
+    scaler = GradScaler("cpu", growth_interval=3)
+    first = Problem("jet", None, scaler=scaler)
+    first.train(2)
+    again = GradScaler("cpu", growth_interval=3)
+    again.load_state_dict(scaler.state_dict())
+    second = Problem("jet", None, scaler=again)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.train(1)
+    assert again.get_scale() == 2 * scaler.get_scale()
