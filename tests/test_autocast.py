@@ -104,6 +104,12 @@ def test_float16_without_a_scale_loses_small_gradients() -> None:
     assert slope(None, torch.float16) < 0.9 * expected
 
 
+def test_a_half_loss_is_scaled_in_single_precision() -> None:
+    problem = Problem("jet", None, scaler=GradScaler("cpu", init_scale=2.0**15))
+    problem.optimizer.step(lambda: (4 * problem.losses().mean()).half())
+    assert problem.optimizer.skipped == 0
+
+
 def test_the_count_of_steady_steps_is_saved() -> None:
     scaler = GradScaler("cpu", growth_interval=3)
     first = Problem("jet", None, scaler=scaler)
