@@ -46,20 +46,20 @@ class Trial:
     def params(self) -> list[Tensor]:
         return self.evaluation.params
 
-    def recorded(self, recorder: Callable[[], R]) -> Iterator[tuple[R, float]]:
-        """What recorded each closure's pass, and what its loss counts in the mean.
+    def recorded(self, recorder: Callable[[], R]) -> Iterator[tuple[R, float, float]]:
+        """What recorded each closure's pass, its share in the loss, and the scale of its loss.
 
         Several are run again, one at a time: their graphs together might not fit.
         """
         if self.evaluation.recorder is not None:
-            yield cast(R, self.evaluation.recorder), 1 / self.evaluation.scale
+            yield cast(R, self.evaluation.recorder), 1.0, self.evaluation.scale
             return
         self.random.restore()
         for closure, share in zip(self.closures, self.evaluation.shares, strict=True):
             again = recorder()
             with self._without_grads():
-                scale = differentiated(closure, again, self.params, self.loss_scale).scale
-            yield again, share / scale
+                part = differentiated(closure, again, self.params, self.loss_scale)
+            yield again, share, part.scale
 
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
         """The mean loss with other values in the parameters, and the same random numbers."""

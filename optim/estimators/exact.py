@@ -58,11 +58,12 @@ class Exact(Estimator):
         unit, length = trial.unit(line.squared_norm)
         penalty = trial.penalty.curvature(trial.direction)
         curvature, magnitudes = penalty, []
-        for tape, share in trial.recorded(self.recorder):
+        for tape, share, scale in trial.recorded(self.recorder):
             quadratic = tape.directional(unit, per_sample=bool(tape.per_sample))
-            curvature += share * quadratic.curvature.double().item() * length**2
+            factor = length**2 / scale
+            curvature += share * quadratic.curvature.double().item() * factor
             if quadratic.per_sample is not None:
-                bent = quadratic.per_sample.curvature.double() * length**2 + penalty
+                bent = quadratic.per_sample.curvature.double() * factor + penalty
                 magnitudes.append(share * bent.abs().mean().item())
         magnitude = sum(magnitudes) if magnitudes else abs(curvature)
         if not math.isfinite(magnitude):

@@ -81,14 +81,14 @@ class GaussNewton(Estimator):
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         unit, length = trial.unit(line.squared_norm)
         curvature = trial.penalty.curvature(trial.direction)
-        for tape, share in trial.recorded(self.recorder):
+        for tape, share, scale in trial.recorded(self.recorder):
             if not tape.outputs:
                 raise ValueError(
                     "the closure did not call the model that GaussNewton was given, so its "
                     "outputs, between which and the loss the curvature is taken, are not known"
                 )
             bent = tape.gauss_newton(unit, tape.outputs).curvature.double().item()
-            curvature += share * bent * length**2
+            curvature += share * bent * length**2 / scale
         if not math.isfinite(curvature):
             return "the curvature along the direction is NaN or infinite"
         return Estimate(line.slope, curvature, abs(curvature))
