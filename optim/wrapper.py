@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,26 +12,21 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from curvature import NonFiniteLoss, RandomState, SideEffects
-from optim.direction import momentum, proposer
-from optim.energy import Kinetic, kinetic_of
+from curvature import RandomState, SideEffects
 from optim.estimators import Estimator
 from optim.evaluation import Closure, Evaluation, Plain, evaluate
 from optim.groups import check_group, check_rate
-from optim.inner import inner, total
+from optim.inner import total
 from optim.left_grads import LeftGrads
-from optim.line import Estimate, Line
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
-from optim.ranges import check_count, check_positive
+from optim.ranges import check_positive
 from optim.record import Records, StepRecord
 from optim.rules import Rule
-from optim.rules.rule import State
-from optim.snapshot import Snapshot
+from optim.stepper import Stepper
 from optim.trial import Trial
 
 _OVERFLOW = "the gradient, or its square, is NaN or infinite"
-_HALVINGS = 40  # after which no length of the step is left to speak of
 
 
 class Wrapper(Optimizer):
@@ -46,6 +40,7 @@ class Wrapper(Optimizer):
 
     Attributes:
         base: the wrapped optimizer.
+        stepper: it with the estimator and the rule, and what the rule remembers.
         records: one :class:`optim.record.StepRecord` per step.
         skipped: how many steps left the parameters as they were.
     """
@@ -64,11 +59,11 @@ class Wrapper(Optimizer):
     ) -> None:
         if isinstance(base, Wrapper):
             raise TypeError(f"base is a {type(base).__name__}, which already chooses the step")
-        self._proposer = proposer(base)
         self.base = base
+        self.stepper = Stepper(
+            base, estimator=estimator, rule=rule, every=every, checked=checked, clip=clip
+        )
         check_positive("ell", ell)
-        check_count("every", every)
-        check_count("checked", checked, 0)
         for group in base.param_groups:
             check_group(group)
             check_rate(group)
@@ -76,15 +71,9 @@ class Wrapper(Optimizer):
         for group in base.param_groups:
             group["lr"] = ell * float(group["lr"]) / fastest if fastest > 0 else ell
         base.defaults["lr"] = ell
-        self.estimator, self.rule = estimator, rule
-        self._kinetic_of = kinetic_of(base) if rule.needs_kinetic else None
-        self.every, self.checked, self.clip = every, checked, clip
-        self.rule_state: State = {}
         self.records = Records()
         self.skipped = 0
         self.iteration = 0
-        self._length = 0.0
-        self._kinetic = 0.0
         self._left_grads = LeftGrads()
         self._loss_scale = LossScale(scaler)
         self.__setstate__({})
@@ -203,8 +192,8 @@ class Wrapper(Optimizer):
     ) -> tuple[Evaluation, StepRecord]:
         """Evaluate the closures and go, or say why not; what they did besides stands."""
         iteration = self.iteration + 1
-        due = self.rule.due(iteration, self.every, self.rule_state)
-        recorder = self.estimator.recorder if due else Plain
+        due = self.stepper.due(iteration)
+        recorder = self.stepper.estimator.recorder if due else Plain
         found = evaluate(closures, recorder, params, self._loss_scale)
         if found.unusable is not None:
             return found, StepRecord(iteration, skipped=found.unusable)
@@ -216,121 +205,28 @@ class Wrapper(Optimizer):
         else:
             penalty = penalty_of(self.base, found.params)
             trial = Trial(closures, self._loss_scale, random, found, penalty, [])
-            record = self._advance(iteration, trial, due)
+            record = self.stepper.advance(iteration, trial, due)
         # Not before: it writes to the scale, which the graph has saved.
         self._loss_scale.update(overflowed=overflowed)
         return found, record
-
-    def _advance(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
-        """Go along the base's direction, or leave the base as before."""
-        before = Snapshot(self.base)
-        record = None
-        try:
-            record = self._go(iteration, trial, due)
-        finally:
-            if record is None or record.skipped is not None:
-                before.restore()
-        return record
-
-    def _go(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
-        """Ask the base for a direction and go along it as far as the rule says."""
-        self._hand_over(trial.evaluation)
-        ell = max(float(group["lr"]) for group in self.param_groups)
-        ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.param_groups]
-        proposed = self._proposer.propose(ratios)
-        direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in trial.params]
-        trial = replace(trial, direction=direction)
-        kinetic = None if self._kinetic_of is None else self._kinetic_of(ratios, self._kinetic)
-        line = Line(
-            iteration,
-            value=trial.value(),
-            slope=trial.slope(),
-            squared_norm=inner(direction, direction),
-            momentum=momentum(self.base),
-            ell=ell,
-            kinetic=kinetic,
-        )
-        record = StepRecord(iteration, line.value)
-        if kinetic is not None:
-            record = replace(record, energy=line.value + kinetic.before)
-        if not math.isfinite(line.slope) or not math.isfinite(line.squared_norm):
-            return replace(record, skipped="the direction of the base optimizer is NaN or infinite")
-        record = replace(record, slope=line.slope)
-        estimate = None
-        if due and line.squared_norm > 0:
-            found = self._measure(trial, line)
-            if isinstance(found, str):
-                return replace(record, skipped=found)
-            estimate = found
-            record = replace(record, curvature=found.curvature, magnitude=found.magnitude)
-        r, state = self.rule.choose(line, estimate, self.rule_state)
-        if isinstance(r, str):
-            return replace(record, skipped=r)
-        record = replace(record, r=r)
-        step = min(ell * r, self._proposer.limit(ratios))
-        length = math.sqrt(line.squared_norm)
-        largest = min(torch.finfo(d.dtype).max for d in direction)
-        if not abs(step) * max(1.0, length) < largest:
-            return replace(record, skipped=f"a step of {step:.1e} overflows the parameters' dtype")
-        if iteration <= self.checked and step > 0 and (line.slope > 0 or kinetic is not None):
-            step = _shortened(trial, line, step)
-        self._proposer.move(step)
-        if kinetic is not None:
-            self._kinetic = kinetic.after(step)
-        self.rule_state = state
-        if ell * step > 0:
-            # A schedule that takes ell to 0 must not take the probes into the rounding.
-            self._length = step / ell * length
-        return replace(record, step=step)
-
-    def _hand_over(self, found: Evaluation) -> None:
-        """Put the gradients into ``p.grad``, where the base looks for them."""
-        if not found.accumulated:
-            # Also of a parameter that is frozen by now: the base would go on along the last one.
-            for p in (p for group in self.param_groups for p in group["params"]):
-                p.grad = None
-            for p, g in zip(found.params, found.grads, strict=True):
-                p.grad = g if g is None or self.clip is None else g.clone()
-        if self.clip is not None:
-            self.clip([p for p in found.params if p.grad is not None])
-
-    def _measure(self, trial: Trial, line: Line) -> Estimate | str:
-        try:
-            # Differentiating may evaluate checkpointed modules again, and so their statistics.
-            with SideEffects():
-                reach = self._reach(trial, line)
-                found = self.estimator.estimate(trial, line, reach)
-                return found if isinstance(found, str) else replace(found, reach=reach)
-        except NonFiniteLoss:
-            self.rule_state = self.rule.after_bad_probe(self.rule_state)
-            return "the loss at a probe is NaN or infinite"
-
-    def _reach(self, trial: Trial, line: Line) -> float:
-        """How far along d a probe shall go: as the rule says, or as the last step at ell = 1."""
-        reach = self.rule.reach(line, self.rule_state)
-        if reach is not None:
-            return reach
-        if self._length:
-            return self._length / math.sqrt(line.squared_norm)
-        return self.estimator.first_reach(trial, line)
 
     def _own_state(self) -> dict[str, Any]:
         return {
             "iteration": self.iteration,
             "skipped": self.skipped,
-            "length": self._length,
-            "kinetic": self._kinetic,
+            "length": self.stepper.length,
+            "energy": self.stepper.energy,
             "steady": self._loss_scale.steady,
-            "rule_state": dict(self.rule_state),
+            "rule_state": dict(self.stepper.rule_state),
         }
 
     def _configuration(self) -> dict[str, Any]:
         return {
             "kind": type(self).__name__,
-            "rule": repr(self.rule),
-            "estimator": repr(self.estimator),
-            "every": self.every,
-            "checked": self.checked,
+            "rule": repr(self.stepper.rule),
+            "estimator": repr(self.stepper.estimator),
+            "every": self.stepper.every,
+            "checked": self.stepper.checked,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -372,9 +268,9 @@ class Wrapper(Optimizer):
                 )
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "wrapper"})
         self.iteration, self.skipped = own["iteration"], own["skipped"]
-        self._length, self._kinetic = own["length"], own["kinetic"]
+        self.stepper.length, self.stepper.energy = own["length"], own["energy"]
         self._loss_scale.steady = own["steady"]
-        self.rule_state = dict(own["rule_state"])
+        self.stepper.rule_state = dict(own["rule_state"])
 
     def __getstate__(self) -> dict[str, Any]:
         hooks_and_patches = {k for k in self.__dict__ if k.startswith("_optimizer_")} | {"step"}
@@ -382,17 +278,6 @@ class Wrapper(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
-
-
-def _shortened(trial: Trial, line: Line, step: float) -> float:
-    """The step, halved until the loss of its batch, or the energy, does not rise."""
-    kinetic = line.kinetic or Kinetic(0.0, 0.0, 0.0, 0.0)
-    allowed = line.value + kinetic.before
-    for _ in range(_HALVINGS):
-        if trial.loss_after(step) + kinetic.after(step) <= allowed + trial.rounding(allowed):
-            break
-        step /= 2
-    return step
 
 
 def _closures(given: Any, name: str) -> Sequence[Closure]:

@@ -96,7 +96,7 @@ def test_clipping_changes_the_direction_and_not_the_loss(optimizer: str, how: st
         clip(list(inside.model.parameters()))
         return loss
 
-    option.optimizer.clip = clip
+    option.optimizer.stepper.clip = clip
     for k in range(4):
         gradient = torch.autograd.grad(option.losses(k).mean(), list(option.model.parameters()))
         inside.optimizer.step(lambda k=k: closure(k))

@@ -20,7 +20,7 @@ F64 = torch.float64
 
 def eta_of(optimizer: Rescaled) -> float:
     """The learning rate that the next step starts from."""
-    return optimizer.rule.reach(Line(1, 0.0, 1.0, 1.0), optimizer.rule_state)
+    return optimizer.stepper.rule.reach(Line(1, 0.0, 1.0, 1.0), optimizer.stepper.rule_state)
 
 
 def loss_of(w: torch.Tensor, t: int) -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_the_chord_is_that_of_the_loss(mu: float) -> None:
     optimizer = Rescaled(base, rule=Trust(), estimator=Secant())
     reaches = []
     for _ in range(3):
-        state = dict(optimizer.rule_state)
+        state = dict(optimizer.stepper.rule_state)
         start = x.item()
         optimizer.step(lambda: x.cosh().sum())
         record = optimizer.records[-1]
@@ -146,14 +146,14 @@ def test_an_exact_curvature_is_trusted_at_once() -> None:
         optimizer.step(lambda: x.sum())
     optimizer.step(lambda: 3 * x.square().sum())
     assert x.item() == pytest.approx(0)
-    assert isinstance(optimizer.rule, Trust)
+    assert isinstance(optimizer.stepper.rule, Trust)
 
 
 def test_rounding_counts_as_no_curvature() -> None:
     """Of a float32 loss of 1e4 at a distance where it changes by less than its last digit."""
     x = nn.Parameter(torch.tensor([1.0]))
     optimizer = GeN(torch.optim.SGD([x]), phi=1, checked=0)
-    optimizer.rule_state = {"trusted": 1e-6}
+    optimizer.stepper.rule_state = {"trusted": 1e-6}
     optimizer.step(lambda: 1e4 + x.square().sum())
     record = optimizer.records[-1]
     assert record.curvature == record.magnitude == 0
@@ -163,7 +163,7 @@ def test_rounding_counts_as_no_curvature() -> None:
 def test_a_loss_that_is_not_finite_shortens_the_steps() -> None:
     x = nn.Parameter(torch.tensor([1.0], dtype=F64))
     optimizer = GeN(torch.optim.SGD([x]), phi=1, ell=1.0, checked=0)
-    optimizer.rule_state = {"trusted": 2.0}
+    optimizer.stepper.rule_state = {"trusted": 2.0}
     optimizer.step(lambda: x.sum() - (x + 0.5).log().sum() * 0.3)
     assert optimizer.skipped == 0
     assert optimizer.records[-1].step * optimizer.records[-1].slope ** 0.5 == pytest.approx(2 / 8)

@@ -1,0 +1,166 @@
+"""One step along the direction of a base optimizer, as far as a rule says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from curvature import NonFiniteLoss, SideEffects
+from optim.direction import momentum, proposer
+from optim.energy import Kinetic, kinetic_of
+from optim.estimators import Estimator
+from optim.evaluation import Evaluation
+from optim.inner import inner
+from optim.line import Estimate, Line
+from optim.ranges import check_count
+from optim.record import StepRecord
+from optim.rules import Rule
+from optim.rules.rule import State
+from optim.snapshot import Snapshot
+from optim.trial import Trial
+
+_HALVINGS = 40  # after which no length of the step is left to speak of
+
+
+class Stepper:
+    """Base optimizer, estimator and rule, put together.
+
+    Attributes:
+        rule_state: what the rule remembers.
+        length: of the last step at ell = 1.
+        energy: the kinetic energy that it left.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        estimator: Estimator,
+        rule: Rule,
+        every: int,
+        checked: int,
+        clip: Callable[[list[Tensor]], Any] | None,
+    ) -> None:
+        self._proposer = proposer(base)
+        check_count("every", every)
+        check_count("checked", checked, 0)
+        self.base, self.estimator, self.rule = base, estimator, rule
+        self._kinetic_of = kinetic_of(base) if rule.needs_kinetic else None
+        self.every, self.checked, self.clip = every, checked, clip
+        self.rule_state: State = {}
+        self.length = 0.0
+        self.energy = 0.0
+
+    def due(self, iteration: int) -> bool:
+        """Whether this step takes an estimate."""
+        return self.rule.due(iteration, self.every, self.rule_state)
+
+    def advance(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
+        """Go along the base's direction, or leave the base as before."""
+        before = Snapshot(self.base)
+        record = None
+        try:
+            record = self._go(iteration, trial, due)
+        finally:
+            if record is None or record.skipped is not None:
+                before.restore()
+        return record
+
+    def _go(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
+        """Ask the base for a direction and go along it as far as the rule says."""
+        self._hand_over(trial.evaluation)
+        ell = max(float(group["lr"]) for group in self.base.param_groups)
+        ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.base.param_groups]
+        proposed = self._proposer.propose(ratios)
+        direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in trial.params]
+        trial = replace(trial, direction=direction)
+        kinetic = None if self._kinetic_of is None else self._kinetic_of(ratios, self.energy)
+        line = Line(
+            iteration,
+            value=trial.value(),
+            slope=trial.slope(),
+            squared_norm=inner(direction, direction),
+            momentum=momentum(self.base),
+            ell=ell,
+            kinetic=kinetic,
+        )
+        record = StepRecord(iteration, line.value)
+        if kinetic is not None:
+            record = replace(record, energy=line.value + kinetic.before)
+        if not math.isfinite(line.slope) or not math.isfinite(line.squared_norm):
+            return replace(record, skipped="the direction of the base optimizer is NaN or infinite")
+        record = replace(record, slope=line.slope)
+        estimate = None
+        if due and line.squared_norm > 0:
+            found = self._measure(trial, line)
+            if isinstance(found, str):
+                return replace(record, skipped=found)
+            estimate = found
+            record = replace(record, curvature=found.curvature, magnitude=found.magnitude)
+        r, state = self.rule.choose(line, estimate, self.rule_state)
+        if isinstance(r, str):
+            return replace(record, skipped=r)
+        record = replace(record, r=r)
+        step = min(ell * r, self._proposer.limit(ratios))
+        length = math.sqrt(line.squared_norm)
+        largest = min(torch.finfo(d.dtype).max for d in direction)
+        if not abs(step) * max(1.0, length) < largest:
+            return replace(record, skipped=f"a step of {step:.1e} overflows the parameters' dtype")
+        if iteration <= self.checked and step > 0 and (line.slope > 0 or kinetic is not None):
+            step = _shortened(trial, line, step)
+        self._proposer.move(step)
+        if kinetic is not None:
+            self.energy = kinetic.after(step)
+        self.rule_state = state
+        if ell * step > 0:
+            # A schedule that takes ell to 0 must not take the probes into the rounding.
+            self.length = step / ell * length
+        return replace(record, step=step)
+
+    def _hand_over(self, found: Evaluation) -> None:
+        """Put the gradients into ``p.grad``, where the base looks for them."""
+        if not found.accumulated:
+            # Also of a parameter that is frozen by now: the base would go on along the last one.
+            for p in (p for group in self.base.param_groups for p in group["params"]):
+                p.grad = None
+            for p, g in zip(found.params, found.grads, strict=True):
+                p.grad = g if g is None or self.clip is None else g.clone()
+        if self.clip is not None:
+            self.clip([p for p in found.params if p.grad is not None])
+
+    def _measure(self, trial: Trial, line: Line) -> Estimate | str:
+        try:
+            # Differentiating may evaluate checkpointed modules again, and so their statistics.
+            with SideEffects():
+                reach = self._reach(trial, line)
+                found = self.estimator.estimate(trial, line, reach)
+                return found if isinstance(found, str) else replace(found, reach=reach)
+        except NonFiniteLoss:
+            self.rule_state = self.rule.after_bad_probe(self.rule_state)
+            return "the loss at a probe is NaN or infinite"
+
+    def _reach(self, trial: Trial, line: Line) -> float:
+        """How far along d a probe shall go: as the rule says, or as the last step at ell = 1."""
+        reach = self.rule.reach(line, self.rule_state)
+        if reach is not None:
+            return reach
+        if self.length:
+            return self.length / math.sqrt(line.squared_norm)
+        return self.estimator.first_reach(trial, line)
+
+
+def _shortened(trial: Trial, line: Line, step: float) -> float:
+    """The step, halved until the loss of its batch, or the energy, does not rise."""
+    kinetic = line.kinetic or Kinetic(0.0, 0.0, 0.0, 0.0)
+    allowed = line.value + kinetic.before
+    for _ in range(_HALVINGS):
+        if trial.loss_after(step) + kinetic.after(step) <= allowed + trial.rounding(allowed):
+            break
+        step /= 2
+    return step
