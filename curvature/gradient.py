@@ -13,7 +13,9 @@ from curvature.losses import check_losses, describe_non_finite, is_finite
 from curvature.trees import Flat, flatten_params
 
 
-def gradient(losses: Tensor, params: Any, *, retain_graph: bool = False) -> Any:
+def gradient(
+    losses: Tensor, params: Any, *, retain_graph: bool = False, accumulate: bool = False
+) -> Any:
     """The gradient of the mean loss, as :func:`torch.autograd.grad` gives it.
 
     Args:
@@ -21,11 +23,14 @@ def gradient(losses: Tensor, params: Any, *, retain_graph: bool = False) -> Any:
         params: pytree of the tensors that the losses were computed from, float32 or float64,
             each with ``requires_grad``.
         retain_graph: keep the graph of the losses for further derivatives.
+        accumulate: let it pass through ``.grad`` of all leaves of the graph, as ``backward``
+            does, where :class:`torch.nn.parallel.DistributedDataParallel` takes the mean over
+            the processes. Those of params must be None before.
 
     Returns:
         A pytree like params, without graph; ``None`` for a tensor that the loss does not use.
 
-    Hooks on tensors run, those on the accumulation into ``p.grad`` do not.
+    Hooks on tensors run, those on the accumulation into ``p.grad`` only with ``accumulate``.
 
     Raises:
         TypeError, ValueError: losses or params cannot be used; the message says why.
@@ -41,11 +46,17 @@ def gradient(losses: Tensor, params: Any, *, retain_graph: bool = False) -> Any:
     weights = torch.full_like(losses, 1 / losses.numel())
     try:
         with derivative_mode(losses.device):
-            leaves: list[Any] = list(
-                torch.autograd.grad(
-                    losses, flat.leaves, weights, retain_graph=retain_graph, allow_unused=True
+            if accumulate:
+                if any(p.grad is not None for p in flat.leaves):
+                    raise ValueError("a tensor of params has a gradient already, to be added to")
+                torch.autograd.backward(losses, weights, retain_graph=retain_graph)
+                leaves: list[Any] = [p.grad for p in flat.leaves]
+            else:
+                leaves = list(
+                    torch.autograd.grad(
+                        losses, flat.leaves, weights, retain_graph=retain_graph, allow_unused=True
+                    )
                 )
-            )
     except RuntimeError as error:
         if "backward through the graph a second time" not in str(error):
             raise

@@ -117,7 +117,9 @@ class Tape:
     ) -> None:
         self._stack.close()
 
-    def backward(self, losses: Tensor, params: Any, *, cotangents: bool = True) -> Any:
+    def backward(
+        self, losses: Tensor, params: Any, *, cotangents: bool = True, accumulate: bool = False
+    ) -> Any:
         """The gradient of the mean loss, as :func:`curvature.gradient` gives it.
 
         Args:
@@ -127,6 +129,8 @@ class Tape:
             cotangents: keep those that :meth:`directional` and :meth:`hvp` need. Without them
                 curvature takes a second-order pass, as it does per sample anyway, and a
                 Hessian-vector product another backward pass.
+            accumulate: let it pass through ``.grad`` of all leaves, as :func:`curvature.gradient`
+                does on demand.
 
         Returns:
             A pytree like params, without graph; ``None`` for a tensor that the loss does not use.
@@ -149,7 +153,7 @@ class Tape:
             sweep = self._sweep()
             keep = cotangents and not self._low_memory
             with sweep.cotangents.collecting() if sweep and keep else nullcontext():
-                return gradient(losses, params, retain_graph=True)
+                return gradient(losses, params, retain_graph=True, accumulate=accumulate)
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
         """Value, slope <g, v> and curvature v^T H v along ``direction``.

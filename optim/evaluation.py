@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from curvature import NonFiniteLoss, gradient
 from optim.autocast import autocast_noted
 from optim.intercept import intercepted
 from optim.loss_scale import LossScale
+from optim.ranks import Ranks
 
 Closure = Callable[[], Any]
 
@@ -24,14 +26,22 @@ class Recorder(Protocol):
 
     def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
 
-    def backward(self, losses: Tensor, params: Any) -> Any: ...
+    def backward(self, losses: Tensor, params: Any, *, accumulate: bool = False) -> Any: ...
 
 
 class Plain(torch.enable_grad):
     """An ordinary forward and backward pass, without a record for second derivatives."""
 
-    def backward(self, losses: Tensor, params: Any) -> Any:
-        return gradient(losses, params)
+    def backward(self, losses: Tensor, params: Any, *, accumulate: bool = False) -> Any:
+        return gradient(losses, params, accumulate=accumulate)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What surrounds every evaluation of a wrapper."""
+
+    loss_scale: LossScale
+    ranks: Ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +50,12 @@ class Evaluation:
 
     Attributes:
         result: what the closure returned; of several, their losses.
-        losses: a scalar, one for each sample, or one for each closure, without graph.
+        losses: a scalar, one for each sample, or one for each closure, without graph; of this
+            process alone.
+        count: how many these are on all ranks together.
         params: those that require a gradient by now.
-        grads: of the mean of the losses, for each of these.
-        shares: of each closure in the mean.
+        grads: of the mean of the losses of all ranks, for each of these.
+        shares: of each closure's mean in that mean; over all ranks they add up to their number.
         scale: by which the recorder's loss is larger, so that half precision holds its gradients.
         eps: the rounding of autocast, 0 without it.
         recorder: of a single closure.
@@ -53,6 +65,7 @@ class Evaluation:
 
     result: Any
     losses: Tensor
+    count: float
     params: list[Tensor]
     grads: list[Tensor | None]
     shares: list[float]
@@ -67,7 +80,7 @@ def evaluate(
     closures: Sequence[Closure],
     recorder: Callable[[], Recorder],
     params: Sequence[Tensor],
-    loss_scale: LossScale,
+    setting: Setting,
 ) -> Evaluation:
     """Run each closure forward and backward, with no more than one graph at a time.
 
@@ -75,11 +88,11 @@ def evaluate(
         TypeError, ValueError: a closure gave no usable loss; the message says why.
     """
     if len(closures) == 1:
-        return differentiated(closures[0], recorder(), params, loss_scale)
-    losses: list[Tensor] = []
+        return differentiated(closures[0], recorder(), params, setting)
+    parts: list[tuple[Tensor, float, float]] = []
     sums: dict[Tensor, Tensor] = {}
     for closure in closures:
-        part = differentiated(closure, recorder(), params, loss_scale)
+        part = differentiated(closure, recorder(), params, setting)
         if part.unusable is not None:
             return part
         if part.accumulated:
@@ -87,40 +100,26 @@ def evaluate(
                 "one of several closures calls backward; let each return the loss of its part of "
                 "the batch"
             )
-        losses.append(part.losses)
-        if part.losses.ndim != losses[0].ndim:
+        parts.append((part.losses, part.count, part.shares[0]))
+        if part.losses.ndim != parts[0][0].ndim:
             raise ValueError("some closures return a scalar, others one loss per sample")
         for p, g in zip(part.params, part.grads, strict=True):
             if g is not None:
-                weight = part.losses.numel()
-                sums[p] = sums[p].add_(g, alpha=weight) if p in sums else g * weight
-    count = sum(x.numel() for x in losses)
-    together = torch.cat([x.reshape(-1) for x in losses])
+                sums[p] = sums[p].add_(g, alpha=part.count) if p in sums else g * part.count
+    total = sum(count for _, count, _ in parts)
+    together = torch.cat([losses.reshape(-1) for losses, _, _ in parts])
     now = [p for p in params if p.requires_grad]
-    grads = [sums[p].div_(count) if p in sums else None for p in now]
-    shares = [x.numel() / count for x in losses]
-    return Evaluation(together, together, now, grads, shares, None, part.scale, part.eps)
+    grads = [sums[p].div_(total) if p in sums else None for p in now]
+    shares = [share * count / total for _, count, share in parts]
+    scale, eps = part.scale, part.eps
+    return Evaluation(together, together, total, now, grads, shares, None, scale, eps)
 
 
 def differentiated(
-    closure: Closure, recorder: Recorder, params: Sequence[Tensor], loss_scale: LossScale
+    closure: Closure, recorder: Recorder, params: Sequence[Tensor], setting: Setting
 ) -> Evaluation:
     """Run one closure forward, and backward unless it does so itself."""
     found: list[Evaluation] = []
-
-    def backward(losses: Tensor) -> None:
-        now = [p for p in params if p.requires_grad]
-        scaled, scale = loss_scale.scaled(losses)
-        try:
-            grads, unusable = recorder.backward(scaled, now), None
-        except NonFiniteLoss as error:
-            grads, unusable = [None] * len(now), str(error)
-        if scale != 1:
-            grads = [None if g is None else g / scale for g in grads]
-        losses = losses.detach()
-        found.append(
-            Evaluation(losses, losses, now, grads, [1.0], recorder, scale, unusable=unusable)
-        )
 
     def called(loss: Tensor) -> None:
         if found:
@@ -128,20 +127,72 @@ def differentiated(
                 "the closure calls backward more than once; for several parts of a batch give "
                 "step a list of closures that return the loss of a part each"
             )
-        backward(loss)
+        found.append(_backward(loss, recorder, params, setting))
         if found[0].unusable is not None:
             for p in found[0].params:
                 p.grad = torch.full_like(p, torch.nan)
         else:
             accumulate(found[0])
 
-    with recorder, intercepted(called), autocast_noted(params) as precision:
-        result = closure()
+    with recorder:
+        with intercepted(called), autocast_noted(params) as precision:
+            result = closure()
         if not found:
-            backward(result)
-            return replace(found[0], eps=precision.eps)
+            return replace(_backward(result, recorder, params, setting), eps=precision.eps)
     result = result.detach() if isinstance(result, Tensor) else result
     return replace(found[0], result=result, eps=precision.eps, accumulated=True)
+
+
+def _backward(
+    losses: Tensor, recorder: Recorder, params: Sequence[Tensor], setting: Setting
+) -> Evaluation:
+    """The gradient of the mean of the losses of all ranks."""
+    now = [p for p in params if p.requires_grad]
+    count, share, unusable = _weighed(losses, setting.ranks)
+    grads: list[Tensor | None] = [None] * len(now)
+    scale = 1.0
+    if unusable is None:
+        scaled, scale = setting.loss_scale.scaled(losses if share == 1 else losses * share)
+        try:
+            if setting.ranks.several:
+                with without_grads(now):
+                    grads = recorder.backward(scaled, now, accumulate=True)
+            else:
+                grads = recorder.backward(scaled, now)
+        except NonFiniteLoss as error:
+            unusable = str(error)
+        if scale != 1 or setting.ranks.several:
+            # Also at 1: those of a process group may be views of memory that is used again.
+            grads = [None if g is None else g / scale for g in grads]
+    result = losses.detach() if isinstance(losses, Tensor) else losses
+    return Evaluation(
+        result, result, count, now, grads, [share], recorder, scale * share, unusable=unusable
+    )
+
+
+def _weighed(losses: Any, ranks: Ranks) -> tuple[float, float, str | None]:
+    """How many losses the ranks have, the weight of this one's mean, and what forbids a step."""
+    count = losses.numel() if isinstance(losses, Tensor) else 0
+    if not ranks.several:
+        return count, 1.0, None
+    finite = isinstance(losses, Tensor) and bool(torch.isfinite(losses).all())
+    counts, finites = zip(*ranks.gather([count, float(finite)]), strict=True)
+    bad = [str(rank) for rank, each in enumerate(finites) if not each]
+    unusable = f"a loss of rank {', '.join(bad)} is NaN or infinite" if bad else None
+    return sum(counts), count * ranks.size / sum(counts), unusable
+
+
+@contextmanager
+def without_grads(params: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, ``p.grad`` starts at None; what is done to it there is undone."""
+    own = [p.grad for p in params]
+    try:
+        for p in params:
+            p.grad = None
+        yield
+    finally:
+        for p, g in zip(params, own, strict=True):
+            p.grad = g
 
 
 def accumulate(found: Evaluation) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from optim.estimators import Secant
@@ -47,6 +48,7 @@ class GeN(Wrapper):
         clip: called at each step with the parameters that have a gradient, to clip ``p.grad`` in
             place, as in :class:`optim.Rescaled`.
         scaler: of the loss, for autocast in float16, as in :class:`optim.Rescaled`.
+        process_group: the processes that have a part of each batch, likewise.
 
     Raises:
         TypeError: base's step is known not to be linear in lr, or a parameter is not float32 or
@@ -72,6 +74,7 @@ class GeN(Wrapper):
         checked: int = 10,
         clip: Callable[[list[Tensor]], Any] | None = None,
         scaler: GradScaler | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check_count("phi", phi)
         super().__init__(
@@ -83,4 +86,5 @@ class GeN(Wrapper):
             checked=checked,
             clip=clip,
             scaler=scaler,
+            process_group=process_group,
         )

@@ -25,7 +25,13 @@ def intercepted(handle: Callable[[Tensor], None]) -> Iterator[None]:
         if threading.get_ident() != thread:
             original(tensors, *args, **kwargs)
             return
-        handle(_loss(tensors, *args, **kwargs))
+        loss = _loss(tensors, *args, **kwargs)
+        # Handling it may need the real one.
+        torch.autograd.backward = original
+        try:
+            handle(loss)
+        finally:
+            torch.autograd.backward = backward
 
     # Tensor.backward calls it too; a mode of torch's would be seen by compiled models.
     torch.autograd.backward = backward

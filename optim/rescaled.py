@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from optim.energy import Energetic
@@ -54,6 +55,10 @@ class Rescaled(Wrapper):
         scaler: scales the loss where autocast computes in float16, whose range its gradients
             would leave; the step itself calls scale and update. Its state is for the caller to
             save.
+        process_group: the processes that have a part of each batch, with the model in a
+            :class:`torch.nn.parallel.DistributedDataParallel` on each. All take the step that one
+            process would with the joined batch, of all samples where closures return a loss
+            for each, and of equal parts where they return a scalar.
 
     If the closure returns one loss per sample, the absolute value is taken per sample, as in
     the paper; curvatures of opposite sign then do not cancel. With a scalar loss it is taken of
@@ -87,6 +92,7 @@ class Rescaled(Wrapper):
         checked: int = 10,
         clip: Callable[[list[Tensor]], Any] | None = None,
         scaler: GradScaler | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             base,
@@ -97,6 +103,7 @@ class Rescaled(Wrapper):
             checked=checked,
             clip=clip,
             scaler=scaler,
+            process_group=process_group,
         )
 
 

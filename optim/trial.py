@@ -17,12 +17,13 @@ from optim.evaluation import (
     Evaluation,
     Plain,
     Recorder,
+    Setting,
     differentiated,
     evaluate,
     losses_again,
+    without_grads,
 )
 from optim.inner import inner
-from optim.loss_scale import LossScale
 from optim.penalty import Penalty
 
 R = TypeVar("R", bound=Recorder)
@@ -36,7 +37,7 @@ class Trial:
     """
 
     closures: Sequence[Closure]
-    loss_scale: LossScale
+    setting: Setting
     random: RandomState
     evaluation: Evaluation
     penalty: Penalty
@@ -52,25 +53,37 @@ class Trial:
         Several are run again, one at a time: their graphs together might not fit.
         """
         if self.evaluation.recorder is not None:
-            yield cast(R, self.evaluation.recorder), 1.0, self.evaluation.scale
+            yield (
+                cast(R, self.evaluation.recorder),
+                self.evaluation.shares[0],
+                self.evaluation.scale,
+            )
             return
         self.random.restore()
         for closure, share in zip(self.closures, self.evaluation.shares, strict=True):
             again = recorder()
-            with self._without_grads():
-                part = differentiated(closure, again, self.params, self.loss_scale)
+            with without_grads(self.params):
+                part = differentiated(closure, again, self.params, self.setting)
             yield again, share, part.scale
 
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
         """The mean loss with other values in the parameters, and the same random numbers."""
         with self._moved_to(values):
             losses = [losses_again(closure, self.evaluation) for closure in self.closures]
-        means = torch.stack([x.double().mean() for x in losses])
-        return means @ means.new_tensor(self.evaluation.shares) + self.penalty.value(values)
+        shares = self.evaluation.shares
+        local = sum(k * x.double().mean().item() for k, x in zip(shares, losses, strict=True))
+        return torch.tensor(self._mean(local) + self.penalty.value(values), dtype=torch.float64)
 
     def value(self) -> float:
         """The mean loss at theta."""
-        return self.evaluation.losses.double().mean().item() + self.penalty.value(self.params)
+        losses, count = self.evaluation.losses.double(), self.evaluation.count
+        share = losses.numel() * self.setting.ranks.size / count
+        local = float(share * losses.mean().item())
+        return self._mean(local) + self.penalty.value(self.params)
+
+    def _mean(self, number: float) -> float:
+        (mean,) = self.setting.ranks.means(number)
+        return mean
 
     def slope(self) -> float:
         """The derivative of the mean loss along d."""
@@ -93,7 +106,7 @@ class Trial:
         """The derivative of the mean loss along d at theta - step d."""
         values = self._after(step)
         with self._moved_to(values):
-            grads = evaluate(self.closures, Plain, self.params, self.loss_scale).grads
+            grads = evaluate(self.closures, Plain, self.params, self.setting).grads
         return inner(self.direction, grads) + self.penalty.slope(values, self.direction)
 
     @torch.no_grad()
@@ -107,23 +120,11 @@ class Trial:
         try:
             for p, value in zip(self.params, values, strict=True):
                 p.data = value
-            with self._without_grads():
+            with without_grads(self.params):
                 yield
         finally:
             for p, data in zip(self.params, own, strict=True):
                 p.data = data
-
-    @contextmanager
-    def _without_grads(self) -> Iterator[None]:
-        """Closures that call backward also zero and clip gradients: not those of the step."""
-        own = [p.grad for p in self.params]
-        try:
-            for p in self.params:
-                p.grad = None
-            yield
-        finally:
-            for p, g in zip(self.params, own, strict=True):
-                p.grad = g
 
     def share(self, share: float, squared_norm: float) -> float:
         """How far along d is that share of 1 + ‖theta‖, in units of d."""

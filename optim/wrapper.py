@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from curvature import RandomState, SideEffects
 from optim.estimators import Estimator
-from optim.evaluation import Closure, Evaluation, Plain, evaluate
+from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate
 from optim.groups import check_group, check_rate
 from optim.inner import total
 from optim.left_grads import LeftGrads
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
 from optim.ranges import check_positive
+from optim.ranks import Ranks
 from optim.record import Records, StepRecord
 from optim.rules import Rule
 from optim.stepper import Stepper
@@ -56,6 +58,7 @@ class Wrapper(Optimizer):
         checked: int,
         clip: Callable[[list[Tensor]], Any] | None = None,
         scaler: GradScaler | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if isinstance(base, Wrapper):
             raise TypeError(f"base is a {type(base).__name__}, which already chooses the step")
@@ -76,6 +79,7 @@ class Wrapper(Optimizer):
         self.iteration = 0
         self._left_grads = LeftGrads()
         self._loss_scale = LossScale(scaler)
+        self._setting = Setting(self._loss_scale, Ranks(process_group))
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -194,7 +198,7 @@ class Wrapper(Optimizer):
         iteration = self.iteration + 1
         due = self.stepper.due(iteration)
         recorder = self.stepper.estimator.recorder if due else Plain
-        found = evaluate(closures, recorder, params, self._loss_scale)
+        found = evaluate(closures, recorder, params, self._setting)
         if found.unusable is not None:
             return found, StepRecord(iteration, skipped=found.unusable)
         # The square must be finite too: preconditioners that hold it would never recover.
@@ -204,7 +208,7 @@ class Wrapper(Optimizer):
             record = StepRecord(iteration, skipped=_OVERFLOW)
         else:
             penalty = penalty_of(self.base, found.params)
-            trial = Trial(closures, self._loss_scale, random, found, penalty, [])
+            trial = Trial(closures, self._setting, random, found, penalty, [])
             record = self.stepper.advance(iteration, trial, due)
         # Not before: it writes to the scale, which the graph has saved.
         self._loss_scale.update(overflowed=overflowed)

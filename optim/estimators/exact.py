@@ -21,10 +21,13 @@ class _Tape(Tape):
         super().__init__()
         self.per_sample = per_sample
 
-    def backward(self, losses: Tensor, params: Any, *, cotangents: bool = True) -> Any:
+    def backward(
+        self, losses: Tensor, params: Any, *, cotangents: bool = True, accumulate: bool = False
+    ) -> Any:
         if self.per_sample is None:
             self.per_sample = isinstance(losses, Tensor) and losses.ndim == 1
-        return super().backward(losses, params, cotangents=cotangents and not self.per_sample)
+        keep = cotangents and not self.per_sample
+        return super().backward(losses, params, cotangents=keep, accumulate=accumulate)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Exact(Estimator):
             if quadratic.per_sample is not None:
                 bent = quadratic.per_sample.curvature.double() * factor + penalty
                 magnitudes.append(share * bent.abs().mean().item())
-        magnitude = sum(magnitudes) if magnitudes else abs(curvature)
+        curvature, magnitude = trial.setting.ranks.means(curvature, sum(magnitudes))
+        magnitude = magnitude if magnitudes else abs(curvature)
         if not math.isfinite(magnitude):
             return "the curvature along the direction is NaN or infinite"
         return Estimate(line.slope, curvature, magnitude)

@@ -1,0 +1,52 @@
+"""The processes that have a part of each batch, and take the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+
+class Ranks:
+    """Means over the processes of a group, the same to the last bit on each of them.
+
+    Args:
+        group: None for a process of its own.
+
+    Raises:
+        ValueError: several processes run, and no group is given.
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        if group is None and distributed.is_available() and distributed.is_initialized():
+            count = distributed.get_world_size()
+            if count > 1:
+                raise ValueError(
+                    f"{count} processes run: give process_group=torch.distributed.group.WORLD, so "
+                    "that all take the same steps; a group of one lets each go its own way"
+                )
+        self._group = group
+        self.size = 1 if group is None else distributed.get_world_size(group)
+
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """The numbers of each rank."""
+        if not self.several:
+            return [list(numbers)]
+        on_cpu = distributed.get_backend(self._group) == "gloo"
+        device = torch.device("cpu" if on_cpu else "cuda")
+        own = torch.tensor(numbers, dtype=torch.float64, device=device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(found, own, group=self._group)
+        return [each.tolist() for each in found]
+
+    def means(self, *numbers: float) -> list[float]:
+        """The mean of each number over the ranks."""
+        if not self.several:
+            return list(numbers)
+        return [sum(each) / self.size for each in zip(*self.gather(numbers), strict=True)]

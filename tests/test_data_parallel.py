@@ -1,0 +1,143 @@
+"""Several processes with a part of each batch take the step of one with all of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from optim import GeN, INNAprop, Rescaled
+from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
+
+F64 = torch.float64
+ROWS = 12
+PARTS = {2: [7, 5], 4: [2, 3, 4, 3]}
+STEPS = 5
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=0.01)
+
+
+def clip(params: list[Tensor]) -> None:
+    clip_grad_norm_(params, 0.1)
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "jet": lambda m, **k: Rescaled(sgd(m), **k),
+    "tangent pass": lambda m, **k: Rescaled(sgd(m), estimator=Exact(per_sample=False), **k),
+    "Gauss-Newton": lambda m, **k: Rescaled(sgd(m), estimator=GaussNewton(m), **k),
+    "gradients": lambda m, **k: Rescaled(sgd(m), estimator=GradientDifferences(), **k),
+    "losses": lambda m, **k: Rescaled(sgd(m), estimator=Probes(), **k),
+    "one loss": lambda m, **k: Rescaled(sgd(m), estimator=Secant(), **k),
+    "lazy": lambda m, **k: Rescaled(torch.optim.AdamW(m.parameters()), every=2, **k),
+    "GeN": lambda m, **k: GeN(torch.optim.AdamW(m.parameters()), phi=2, **k),
+    "INNAprop": lambda m, **k: Rescaled(INNAprop(m.parameters()), **k),
+    "clipped": lambda m, **k: GeN(sgd(m), phi=2, clip=clip, **k),
+}
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+
+
+def batch(k: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(ROWS, 4, dtype=F64, generator=generator)
+    return x, torch.randint(3, (ROWS,), generator=generator)
+
+
+def train(model: nn.Module, optimizer: Any, rows: slice, how: str) -> dict[str, Any]:
+    """The end of a run on these rows of each batch, and its records."""
+
+    def losses(k: int, part: slice = slice(None)) -> Tensor:
+        x, y = (t[rows][part] for t in batch(k))
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def backward(k: int) -> None:
+        optimizer.zero_grad()
+        losses(k).mean().backward()
+
+    for k in range(STEPS):
+        if how == "several":
+            optimizer.step([lambda k=k: losses(k, slice(1)), lambda k=k: losses(k, slice(1, None))])
+        elif how == "backward":
+            optimizer.step(lambda k=k: backward(k))
+        else:
+            optimizer.step(lambda k=k: losses(k))
+    params = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return {"params": params, "records": list(optimizer.records)}
+
+
+def worker(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+    )
+    end = sum(PARTS[size][: rank + 1])
+    rows = slice(end - PARTS[size][rank], end)
+    with pytest.raises(ValueError, match=f"{size} processes run: give process_group"):
+        GeN(sgd(make_model()))
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        for how in ("one", "several"):
+            model = DistributedDataParallel(make_model())
+            optimizer = make(model, process_group=distributed.group.WORLD)
+            found[name, how] = train(model, optimizer, rows, how)
+    model = DistributedDataParallel(make_model())
+    optimizer = OPTIMIZERS["jet"](model, process_group=distributed.group.WORLD)
+    even = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
+    found["even", "backward"] = train(model, optimizer, even, "backward")
+    found["fault", "one"] = after_a_fault(rank)
+    gathered: list[Any] = [None] * size
+    distributed.all_gather_object(gathered, found)
+    if rank == 0:
+        torch.save(gathered, f"{folder}/found")
+    distributed.destroy_process_group()
+
+
+def after_a_fault(rank: int) -> dict[str, Any]:
+    """All skip the step of which one has a NaN, and go on."""
+    model = DistributedDataParallel(make_model())
+    optimizer = OPTIMIZERS["jet"](model, process_group=distributed.group.WORLD)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    x, y = batch(0)
+
+    def losses(factor: float) -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="none") * factor
+
+    with pytest.warns(RuntimeWarning, match="a loss of rank 1 is NaN or infinite"):
+        optimizer.step(lambda: losses(torch.nan if rank == 1 else 1.0))
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), before)
+    optimizer.step(lambda: losses(1.0))
+    params = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert not torch.equal(params, before)
+    return {"params": params, "records": list(optimizer.records)}
+
+
+@pytest.mark.parametrize("size", PARTS)
+def test_all_ranks_take_the_step_of_the_joined_batch(size: int, tmp_path: Path) -> None:
+    multiprocessing.spawn(worker, (size, str(tmp_path)), nprocs=size)
+    gathered = torch.load(tmp_path / "found", weights_only=False)
+    for (name, how), found in gathered[0].items():
+        for other in gathered[1:]:
+            assert torch.equal(other[name, how]["params"], found["params"]), (name, how)
+            assert other[name, how]["records"] == found["records"]
+        if name == "fault":
+            continue
+        model = make_model()
+        optimizer = OPTIMIZERS["jet" if name == "even" else name](model)
+        expected = train(model, optimizer, slice(None), "backward" if name == "even" else "one")
+        for a, b in zip(found["records"], expected["records"], strict=True):
+            assert (a.curvature is None) == (b.curvature is None), (name, how)
+            for field in ("value", "slope", "curvature", "magnitude", "step"):
+                if getattr(a, field) is not None:
+                    value = pytest.approx(getattr(b, field), rel=1e-6)
+                    assert getattr(a, field) == value, (name, how, field)
+        torch.testing.assert_close(found["params"], expected["params"], rtol=1e-6, atol=1e-9)
