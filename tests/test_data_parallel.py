@@ -72,7 +72,8 @@ def train(model: nn.Module, optimizer: Any, rows: slice, how: str) -> dict[str, 
         else:
             optimizer.step(lambda k=k: losses(k))
     params = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return {"params": params, "records": list(optimizer.records)}
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return {"params": params, "grads": grads, "records": list(optimizer.records)}
 
 
 def worker(rank: int, size: int, folder: str) -> None:
@@ -87,7 +88,7 @@ def worker(rank: int, size: int, folder: str) -> None:
     found = {}
     for name, make in OPTIMIZERS.items():
         for how in ("one", "several"):
-            model = DistributedDataParallel(make_model())
+            model = DistributedDataParallel(make_model(), gradient_as_bucket_view=True)
             optimizer = make(model, process_group=distributed.group.WORLD)
             found[name, how] = train(model, optimizer, rows, how)
     model = DistributedDataParallel(make_model())
@@ -140,4 +141,5 @@ def test_all_ranks_take_the_step_of_the_joined_batch(size: int, tmp_path: Path) 
                 if getattr(a, field) is not None:
                     value = pytest.approx(getattr(b, field), rel=1e-6)
                     assert getattr(a, field) == value, (name, how, field)
-        torch.testing.assert_close(found["params"], expected["params"], rtol=1e-6, atol=1e-9)
+        for what in ("params", "grads"):
+            torch.testing.assert_close(found[what], expected[what], rtol=1e-6, atol=1e-9)
