@@ -15,6 +15,7 @@ from optim.autocast import autocast_noted
 from optim.intercept import intercepted
 from optim.loss_scale import LossScale
 from optim.ranks import Ranks
+from optim.sharded import resharded
 
 Closure = Callable[[], Any]
 
@@ -215,6 +216,6 @@ def losses_again(closure: Closure, known: Evaluation) -> Tensor:
         found.append(loss)
         accumulate(known)
 
-    with intercepted(called), torch.no_grad():
+    with intercepted(called), torch.no_grad(), resharded():
         result = closure()
     return found[0] if found else result

@@ -9,14 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.sharded import is_sharded, local, sum_of_parts
+
 _SMALL = 1e-25
 _BLOCK = 2**12  # entries; of longer sums single precision loses digits
 _WHOLE = 2**15  # up to here their own kernel sums in several parts anyway
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
-    """<left, right>, summed in float64; None is zero."""
-    pairs = [(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True) if b is not None]
+    """<left, right>, summed in float64, over all processes where sharded; None is zero."""
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
+    sharded = [(a, b) for a, b in pairs if is_sharded(a)]
+    if not sharded:
+        return _inner(pairs)
+    whole = _inner([(a, b) for a, b in pairs if not is_sharded(a)])
+    part = _inner([(local(a), local(b)) for a, b in sharded])
+    return whole + sum_of_parts(part, sharded[0][0])
+
+
+def _inner(tensors: Sequence[tuple[Tensor, Tensor]]) -> float:
+    pairs = [(a.flatten(), b.flatten()) for a, b in tensors]
     found = total([_blockwise(a, b) for a, b in _joined(pairs)])
     if not _SMALL <= abs(found) < math.inf:
         # Products of single precision may have left its range.

@@ -56,9 +56,10 @@ class Rescaled(Wrapper):
             would leave; the step itself calls scale and update. Its state is for the caller to
             save.
         process_group: the processes that have a part of each batch, with the model in a
-            :class:`torch.nn.parallel.DistributedDataParallel` on each. All take the step that one
-            process would with the joined batch, of all samples where closures return a loss
-            for each, and of equal parts where they return a scalar.
+            :class:`torch.nn.parallel.DistributedDataParallel`, or sharded by ``fully_shard`` for
+            estimators that evaluate losses or gradients ahead. All take the step that one process
+            would with the joined batch, of all samples where closures return a loss for each, and
+            of equal parts where they return a scalar.
 
     If the closure returns one loss per sample, the absolute value is taken per sample, as in
     the paper; curvatures of opposite sign then do not cancel. With a scalar loss it is taken of

@@ -25,6 +25,7 @@ from optim.evaluation import (
 )
 from optim.inner import inner
 from optim.penalty import Penalty
+from optim.sharded import is_sharded, local
 
 R = TypeVar("R", bound=Recorder)
 
@@ -115,16 +116,16 @@ class Trial:
 
     @contextmanager
     def _moved_to(self, values: Sequence[Tensor]) -> Iterator[None]:
-        own = [p.data for p in self.params]
+        own = [local(p.detach()).clone() if is_sharded(p) else p.data for p in self.params]
         self.random.restore()
         try:
             for p, value in zip(self.params, values, strict=True):
-                p.data = value
+                _set(p, local(value))
             with without_grads(self.params):
                 yield
         finally:
             for p, data in zip(self.params, own, strict=True):
-                p.data = data
+                _set(p, data)
 
     def share(self, share: float, squared_norm: float) -> float:
         """How far along d is that share of 1 + ‖theta‖, in units of d."""
@@ -138,3 +139,12 @@ class Trial:
         """
         length = 2.0 ** round(math.log2(squared_norm) / 2)
         return list(torch._foreach_div(self.direction, length)), length
+
+
+@torch.no_grad()
+def _set(p: Tensor, value: Tensor) -> None:
+    if is_sharded(p):
+        # The memory itself is what whole parameters are gathered from.
+        local(p).copy_(value)
+    else:
+        p.data = value

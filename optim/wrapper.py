@@ -25,6 +25,7 @@ from optim.ranges import check_positive
 from optim.ranks import Ranks
 from optim.record import Records, StepRecord
 from optim.rules import Rule
+from optim.sharded import check_sharding, local
 from optim.stepper import Stepper
 from optim.trial import Trial
 
@@ -80,6 +81,8 @@ class Wrapper(Optimizer):
         self._left_grads = LeftGrads()
         self._loss_scale = LossScale(scaler)
         self._setting = Setting(self._loss_scale, Ranks(process_group))
+        for group in base.param_groups:
+            self._check_sharding(group)
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -123,7 +126,13 @@ class Wrapper(Optimizer):
         self.base.add_param_group({**param_group, "lr": 0.0})
         group = self.param_groups.pop()
         check_group(group)
+        self._check_sharding(group)
         self.param_groups.append({**group, "lr": ell})
+
+    def _check_sharding(self, group: dict[str, Any]) -> None:
+        estimator = self.stepper.estimator
+        exact = type(estimator).__name__ if estimator.needs_graph else None
+        check_sharding(group["params"], several=self._setting.ranks.several, exact=exact)
 
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
         """Evaluate the loss and its gradient, ask the base for a direction, and go the right way.
@@ -202,8 +211,9 @@ class Wrapper(Optimizer):
         if found.unusable is not None:
             return found, StepRecord(iteration, skipped=found.unusable)
         # The square must be finite too: preconditioners that hold it would never recover.
-        norms = torch._foreach_norm([g for g in found.grads if g is not None])
-        overflowed = not math.isfinite(total(norms))
+        norms = torch._foreach_norm([local(g) for g in found.grads if g is not None])
+        (norm,) = self._setting.ranks.means(total(norms))
+        overflowed = not math.isfinite(norm)
         if overflowed:
             record = StepRecord(iteration, skipped=_OVERFLOW)
         else:

@@ -7,12 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from optim import GeN, INNAprop, Rescaled
 from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # before torch 2.6
+    fully_shard = None
 
 F64 = torch.float64
 ROWS = 12
@@ -39,7 +45,9 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "GeN": lambda m, **k: GeN(torch.optim.AdamW(m.parameters()), phi=2, **k),
     "INNAprop": lambda m, **k: Rescaled(INNAprop(m.parameters()), **k),
     "clipped": lambda m, **k: GeN(sgd(m), phi=2, clip=clip, **k),
+    "GeN, INNAprop": lambda m, **k: GeN(INNAprop(m.parameters()), phi=1, **k),
 }
+SHARDED = ["gradients", "losses", "one loss", "GeN", "clipped", "GeN, INNAprop"]
 
 
 def make_model() -> nn.Module:
@@ -71,9 +79,32 @@ def train(model: nn.Module, optimizer: Any, rows: slice, how: str) -> dict[str, 
             optimizer.step(lambda k=k: backward(k))
         else:
             optimizer.step(lambda k=k: losses(k))
-    params = torch.cat([p.detach().flatten() for p in model.parameters()])
-    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    params = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
+    grads = torch.cat([whole(p.grad).flatten() for p in model.parameters()])
     return {"params": params, "grads": grads, "records": list(optimizer.records)}
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard(model: nn.Module, nested: bool) -> nn.Module:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in (model[0], model[2]) if nested else ():
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def refusals_of_sharded_parameters() -> None:
+    model, group = shard(make_model(), nested=True), distributed.group.WORLD
+    with pytest.raises(TypeError, match="Exact follows the graph of whole parameters, and these"):
+        Rescaled(sgd(model), process_group=group)
+    with pytest.raises(TypeError, match="GaussNewton follows the graph"):
+        Rescaled(sgd(model), estimator=GaussNewton(model), process_group=group)
+    optimizer = Rescaled(torch.optim.SGD([nn.Parameter(torch.ones(2))]), process_group=group)
+    with pytest.raises(TypeError, match="Exact follows the graph"):
+        optimizer.add_param_group({"params": list(model.parameters())})
+    assert len(optimizer.param_groups) == 1
 
 
 def worker(rank: int, size: int, folder: str) -> None:
@@ -91,6 +122,13 @@ def worker(rank: int, size: int, folder: str) -> None:
             model = DistributedDataParallel(make_model(), gradient_as_bucket_view=True)
             optimizer = make(model, process_group=distributed.group.WORLD)
             found[name, how] = train(model, optimizer, rows, how)
+    if fully_shard is not None:
+        refusals_of_sharded_parameters()
+        for name in SHARDED:
+            for how in ("root", "nested"):
+                model = shard(make_model(), how == "nested")
+                optimizer = OPTIMIZERS[name](model, process_group=distributed.group.WORLD)
+                found[name, how] = train(model, optimizer, rows, how)
     model = DistributedDataParallel(make_model())
     optimizer = OPTIMIZERS["jet"](model, process_group=distributed.group.WORLD)
     even = slice(rank * ROWS // size, (rank + 1) * ROWS // size)

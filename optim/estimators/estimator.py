@@ -14,6 +14,11 @@ _FIRST_REACH = 1e-3  # relative to the parameters
 class Estimator(ABC):
     """Measures the curvature of the loss along a direction, after its gradient is known."""
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether it differentiates the graph of the step's own evaluation once more."""
+        return False
+
     def recorder(self) -> Recorder:
         """What runs the closure and differentiates its losses, at steps with an estimate."""
         return Plain()

@@ -51,6 +51,10 @@ class Exact(Estimator):
 
     per_sample: bool | None = None
 
+    @property
+    def needs_graph(self) -> bool:
+        return True
+
     def recorder(self) -> _Tape:
         return _Tape(self.per_sample)
 

@@ -72,6 +72,10 @@ class GaussNewton(Estimator):
 
     model: nn.Module = field(repr=False)
 
+    @property
+    def needs_graph(self) -> bool:
+        return True
+
     def recorder(self) -> _Watching:
         return _Watching(self.model)
 
