@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import fast_only
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional as F  # noqa: N812
@@ -21,7 +22,13 @@ ESTIMATORS: dict[str, Callable[[nn.Module], Any]] = {
     "losses": lambda model: Probes(),
     "one loss": lambda model: Secant(),
 }
-every_optimizer = pytest.mark.parametrize("optimizer", [*ESTIMATORS, "GeN"])
+every_optimizer = pytest.mark.parametrize(
+    "optimizer",
+    [
+        *(pytest.param(n, marks=fast_only if n == "Gauss-Newton" else ()) for n in ESTIMATORS),
+        "GeN",
+    ],
+)
 
 
 class Problem:
@@ -80,6 +87,7 @@ def test_a_loss_scale_serves_every_closure_of_several() -> None:
     assert found[0] == found[1]
 
 
+@fast_only  # double backward in float16 loses the curvature of a unit direction
 @every_optimizer
 def test_a_loss_scale_falls_at_overflows_and_rises_after_many_steps(optimizer: str) -> None:
     scaler = GradScaler("cpu", init_scale=2.0**30, growth_interval=3)

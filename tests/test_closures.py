@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import fast_only
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -31,7 +32,10 @@ BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "INNAprop": INNAprop,
 }
-every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+every_optimizer = pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(n, marks=fast_only if n == "Gauss-Newton" else ()) for n in OPTIMIZERS],
+)
 every_base = pytest.mark.parametrize("base", BASES)
 
 

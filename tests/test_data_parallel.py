@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from curvature.sweep import Sweep
 from optim import GeN, INNAprop, Rescaled
 from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
 
@@ -118,6 +119,8 @@ def worker(rank: int, size: int, folder: str) -> None:
         GeN(sgd(make_model()))
     found = {}
     for name, make in OPTIMIZERS.items():
+        if name == "Gauss-Newton" and not Sweep.available():
+            continue
         for how in ("one", "several"):
             model = DistributedDataParallel(make_model(), gradient_as_bucket_view=True)
             optimizer = make(model, process_group=distributed.group.WORLD)
