@@ -178,6 +178,10 @@ def _weighed(losses: Any, ranks: Ranks) -> tuple[float, float, str | None]:
         return count, 1.0, None
     finite = isinstance(losses, Tensor) and bool(torch.isfinite(losses).all())
     counts, finites = zip(*ranks.gather([count, float(finite)]), strict=True)
+    if 0 in counts:
+        raise ValueError(
+            f"rank {counts.index(0)} gave no loss: each rank needs a part of the batch"
+        )
     bad = [str(rank) for rank, each in enumerate(finites) if not each]
     unusable = f"a loss of rank {', '.join(bad)} is NaN or infinite" if bad else None
     return sum(counts), count * ranks.size / sum(counts), unusable

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from curvature import RandomState, SideEffects
+from curvature import NonFiniteLoss, RandomState, SideEffects
 from optim.evaluation import (
     Closure,
     Evaluation,
@@ -98,17 +99,29 @@ class Trial:
 
     def rounding(self, loss: float) -> float:
         """How far apart ``loss`` and the mean loss here may be by rounding alone."""
-        losses, eps = self.evaluation.losses, self.evaluation.eps
+        found = self.evaluation
         # Under autocast each sample is rounded by itself, as far as the samples are known.
-        relative = 8 * torch.finfo(losses.dtype).eps + eps / math.sqrt(losses.numel())
-        return relative * max(abs(loss), losses.double().abs().mean().item())
+        relative = 8 * torch.finfo(found.losses.dtype).eps + found.eps / math.sqrt(found.count)
+        return relative * max(abs(loss), self._size)
+
+    @cached_property
+    def _size(self) -> float:
+        """The mean of the losses' absolute values, on all ranks."""
+        losses, count = self.evaluation.losses.double(), self.evaluation.count
+        return self._mean(losses.abs().sum().item() * self.setting.ranks.size / count)
 
     def slope_after(self, step: float) -> float:
-        """The derivative of the mean loss along d at theta - step d."""
+        """The derivative of the mean loss along d at theta - step d.
+
+        Raises:
+            NonFiniteLoss: the loss there is NaN or infinite.
+        """
         values = self._after(step)
         with self._moved_to(values):
-            grads = evaluate(self.closures, Plain, self.params, self.setting).grads
-        return inner(self.direction, grads) + self.penalty.slope(values, self.direction)
+            found = evaluate(self.closures, Plain, self.params, self.setting)
+        if found.unusable is not None:
+            raise NonFiniteLoss(found.unusable)
+        return inner(self.direction, found.grads) + self.penalty.slope(values, self.direction)
 
     @torch.no_grad()
     def _after(self, step: float) -> Sequence[Tensor]:

@@ -62,6 +62,18 @@ def batch(k: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(3, (ROWS,), generator=generator)
 
 
+def far_losses(rank: int) -> dict[str, Any]:
+    """Rounding counts as no curvature: on all ranks or on none."""
+    x = nn.Parameter(torch.ones(1))
+    group = distributed.group.WORLD
+    optimizer = GeN(torch.optim.SGD([x]), phi=1, checked=0, process_group=group)
+    optimizer.stepper.rule_state = {"trusted": 0.0265}
+    # By the loss of the first rank alone what the loss falls is rounding, by the mean it is not.
+    optimizer.step(lambda: x.square().sum() + (1e3 if rank == 0 else 0.0))
+    assert optimizer.records[-1].curvature > 0
+    return {"params": x.detach(), "records": list(optimizer.records)}
+
+
 def train(model: nn.Module, optimizer: Any, rows: slice, how: str) -> dict[str, Any]:
     """The end of a run on these rows of each batch, and its records."""
 
@@ -137,6 +149,7 @@ def worker(rank: int, size: int, folder: str) -> None:
     even = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
     found["even", "backward"] = train(model, optimizer, even, "backward")
     found["fault", "one"] = after_a_fault(rank)
+    found["far", "one"] = far_losses(rank)
     gathered: list[Any] = [None] * size
     distributed.all_gather_object(gathered, found)
     if rank == 0:
@@ -156,6 +169,8 @@ def after_a_fault(rank: int) -> dict[str, Any]:
 
     with pytest.warns(RuntimeWarning, match="a loss of rank 1 is NaN or infinite"):
         optimizer.step(lambda: losses(torch.nan if rank == 1 else 1.0))
+    with pytest.raises(ValueError, match="rank 1 gave no loss: each rank needs a part"):
+        optimizer.step(lambda: losses(1.0)[: 0 if rank == 1 else None])
     assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), before)
     optimizer.step(lambda: losses(1.0))
     params = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -171,7 +186,7 @@ def test_all_ranks_take_the_step_of_the_joined_batch(size: int, tmp_path: Path) 
         for other in gathered[1:]:
             assert torch.equal(other[name, how]["params"], found["params"]), (name, how)
             assert other[name, how]["records"] == found["records"]
-        if name == "fault":
+        if name in ("fault", "far"):
             continue
         model = make_model()
         optimizer = OPTIMIZERS["jet" if name == "even" else name](model)

@@ -374,3 +374,13 @@ def test_gen_is_its_parts() -> None:
             optimizer.step(lambda x=x: x.cosh().sum())
         iterates.append(x.detach())
     assert torch.equal(iterates[0], iterates[1])
+
+
+@pytest.mark.parametrize("estimator", ["gradients", "losses"])
+def test_a_loss_that_is_nan_ahead_skips_the_step(estimator: str) -> None:
+    x = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    optimizer = Rescaled(torch.optim.SGD([x]), estimator=ESTIMATORS[estimator](None))
+    optimizer.stepper.length = 10.0
+    with pytest.warns(RuntimeWarning, match="the loss at a probe is NaN or infinite"):
+        optimizer.step(lambda: x.sqrt().sum())
+    assert x.item() == 1
