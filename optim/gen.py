@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from optim.estimators import Secant
 from optim.ranges import check_count
 from optim.rules import Trust
 from optim.wrapper import Wrapper
+
+if TYPE_CHECKING:  # some builds of torch are without it
+    from torch.distributed import ProcessGroup
 
 
 class GeN(Wrapper):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed
-from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:  # some builds of torch are without it
+    from torch.distributed import ProcessGroup
 
 
 class Ranks:

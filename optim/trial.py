@@ -74,18 +74,22 @@ class Trial:
             losses = [losses_again(closure, self.evaluation) for closure in self.closures]
         shares = self.evaluation.shares
         local = sum(k * x.double().mean().item() for k, x in zip(shares, losses, strict=True))
-        return torch.tensor(self._mean(local) + self.penalty.value(values), dtype=torch.float64)
+        (mean,) = self.means(local)
+        return torch.tensor(mean + self.penalty.value(values), dtype=torch.float64)
 
     def value(self) -> float:
         """The mean loss at theta."""
-        losses, count = self.evaluation.losses.double(), self.evaluation.count
-        share = losses.numel() * self.setting.ranks.size / count
-        local = float(share * losses.mean().item())
-        return self._mean(local) + self.penalty.value(self.params)
+        return self._over_ranks(self.evaluation.losses) + self.penalty.value(self.params)
 
-    def _mean(self, number: float) -> float:
-        (mean,) = self.setting.ranks.means(number)
+    def _over_ranks(self, losses: Tensor) -> float:
+        """The mean of numbers that belong to the losses, over those of all ranks."""
+        share = losses.numel() * self.setting.ranks.size / self.evaluation.count
+        (mean,) = self.means(share * losses.double().mean().item())
         return mean
+
+    def means(self, *numbers: float) -> list[float]:
+        """The mean of each number over the ranks."""
+        return self.setting.ranks.means(*numbers)
 
     def slope(self) -> float:
         """The derivative of the mean loss along d."""
@@ -107,8 +111,7 @@ class Trial:
     @cached_property
     def _size(self) -> float:
         """The mean of the losses' absolute values, on all ranks."""
-        losses, count = self.evaluation.losses.double(), self.evaluation.count
-        return self._mean(losses.abs().sum().item() * self.setting.ranks.size / count)
+        return self._over_ranks(self.evaluation.losses.abs())
 
     def slope_after(self, step: float) -> float:
         """The derivative of the mean loss along d at theta - step d.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from curvature import RandomState, SideEffects
@@ -28,6 +27,9 @@ from optim.rules import Rule
 from optim.sharded import check_sharding, local
 from optim.stepper import Stepper
 from optim.trial import Trial
+
+if TYPE_CHECKING:  # some builds of torch are without it
+    from torch.distributed import ProcessGroup
 
 _OVERFLOW = "the gradient, or its square, is NaN or infinite"
 
@@ -79,8 +81,7 @@ class Wrapper(Optimizer):
         self.skipped = 0
         self.iteration = 0
         self._left_grads = LeftGrads()
-        self._loss_scale = LossScale(scaler)
-        self._setting = Setting(self._loss_scale, Ranks(process_group))
+        self._setting = Setting(LossScale(scaler), Ranks(process_group))
         for group in base.param_groups:
             self._check_sharding(group)
         self.__setstate__({})
@@ -195,7 +196,7 @@ class Wrapper(Optimizer):
         if record.skipped is not None:
             self.skipped += 1
             # A loss scale finds its place by overflows.
-            if not (record.skipped == _OVERFLOW and self._loss_scale.used):
+            if not (record.skipped == _OVERFLOW and self._setting.loss_scale.used):
                 message = f"step {record.iteration} skipped, nothing changed: {record.skipped}"
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
         return found.result
@@ -221,7 +222,7 @@ class Wrapper(Optimizer):
             trial = Trial(closures, self._setting, random, found, penalty, [])
             record = self.stepper.advance(iteration, trial, due)
         # Not before: it writes to the scale, which the graph has saved.
-        self._loss_scale.update(overflowed=overflowed)
+        self._setting.loss_scale.update(overflowed=overflowed)
         return found, record
 
     def _own_state(self) -> dict[str, Any]:
@@ -230,7 +231,7 @@ class Wrapper(Optimizer):
             "skipped": self.skipped,
             "length": self.stepper.length,
             "energy": self.stepper.energy,
-            "steady": self._loss_scale.steady,
+            "steady": self._setting.loss_scale.steady,
             "rule_state": dict(self.stepper.rule_state),
         }
 
@@ -283,7 +284,7 @@ class Wrapper(Optimizer):
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "wrapper"})
         self.iteration, self.skipped = own["iteration"], own["skipped"]
         self.stepper.length, self.stepper.energy = own["length"], own["energy"]
-        self._loss_scale.steady = own["steady"]
+        self._setting.loss_scale.steady = own["steady"]
         self.stepper.rule_state = dict(own["rule_state"])
 
     def __getstate__(self) -> dict[str, Any]:

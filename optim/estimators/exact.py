@@ -72,7 +72,7 @@ class Exact(Estimator):
             if quadratic.per_sample is not None:
                 bent = quadratic.per_sample.curvature.double() * factor + penalty
                 magnitudes.append(share * bent.abs().mean().item())
-        curvature, magnitude = trial.setting.ranks.means(curvature, sum(magnitudes))
+        curvature, magnitude = trial.means(curvature, sum(magnitudes))
         magnitude = magnitude if magnitudes else abs(curvature)
         if not math.isfinite(magnitude):
             return "the curvature along the direction is NaN or infinite"

@@ -93,7 +93,7 @@ class GaussNewton(Estimator):
                 )
             bent = tape.gauss_newton(unit, tape.outputs).curvature.double().item()
             curvature += share * bent * length**2 / scale
-        (curvature,) = trial.setting.ranks.means(curvature)
+        (curvature,) = trial.means(curvature)
         if not math.isfinite(curvature):
             return "the curvature along the direction is NaN or infinite"
         return Estimate(line.slope, curvature, abs(curvature))
