@@ -1,6 +1,6 @@
 """Optimizers whose step sizes come from curvature, and INNA, INNAprop and their variants."""
 
-from optim import estimators, rules, schedules
+from optim import estimators, plots, rules, schedules, sinks
 from optim.dinadam import DINAdam
 from optim.gen import GeN
 from optim.inna import INNA
@@ -25,7 +25,9 @@ __all__ = [
     "gen_hod",
     "gen_published",
     "lqa",
+    "plots",
     "qlabgrad",
     "rules",
     "schedules",
+    "sinks",
 ]

@@ -1,4 +1,4 @@
-"""What a wrapper chose at each step: read it in code, or write it as JSON lines."""
+"""What a wrapper chose at each step: held for code and plots, and handed on as it comes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import os
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import overload
+from dataclasses import asdict, dataclass, fields
+from typing import Protocol, overload
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,22 @@ class StepRecord:
         return json.dumps(numbers, allow_nan=False)
 
 
+class Sink(Protocol):
+    """What records are handed to as they come."""
+
+    def write(self, record: StepRecord, /) -> None: ...
+
+
 class Records(Sequence[StepRecord]):
     """The latest :class:`StepRecord` entries of a wrapper, oldest first.
 
     A wrapper starts with ``Records()``; assign another to its ``records`` for other arguments.
 
     Args:
+        sinks: to which each record is handed as it comes, of :mod:`optim.sinks`: ``JsonLines``,
+            ``TensorBoard``, ``WeightsAndBiases``, or anything with a ``write(record)``.
         keep: how many to hold; older ones are dropped, so that a long run does not grow. None
             holds all.
-        path: a file to which each record is appended as it comes, one JSON object a line.
 
     Example:
         >>> records = Records(keep=2)
@@ -74,25 +81,18 @@ class Records(Sequence[StepRecord]):
         ([2, 3], 0.3333333333333333)
     """
 
-    def __init__(
-        self, keep: int | None = 10_000, *, path: str | os.PathLike[str] | None = None
-    ) -> None:
+    def __init__(self, *sinks: Sink, keep: int | None = 10_000) -> None:
         self._records: deque[StepRecord] = deque(maxlen=keep)
-        self._path = path
-        if path is not None:
-            # A path that cannot be written must fail now, not after a step.
-            open(path, "a", encoding="utf-8").close()
+        self._sinks = sinks
 
     def append(self, record: StepRecord) -> None:
-        """Hold one more record, and write it if there is a path.
+        """Hold one more record, and hand it to the sinks.
 
         Example: see :class:`Records`.
         """
         self._records.append(record)
-        if self._path is not None:
-            # Opened anew each time: nothing is lost when the process is killed.
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(record.to_json() + "\n")
+        for sink in self._sinks:
+            sink.write(record)
 
     def descent_share(self, last: int | None = None) -> float:
         """The share of steps whose direction descends: q_n of *Adaptive scaling*, equation (26).
@@ -134,6 +134,36 @@ class Records(Sequence[StepRecord]):
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(record.to_json() + "\n" for record in self._records)
 
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Records:
+        """All records of a file of JSON lines.
+
+        Where iterations start over, as those of a run that goes on from a checkpoint, they take
+        the place of the earlier ones.
+
+        Raises:
+            ValueError: a line holds no record.
+
+        Example:
+            >>> import tempfile
+            >>> from optim.sinks import JsonLines
+            >>> with tempfile.NamedTemporaryFile() as file:
+            ...     records = Records(JsonLines(file.name))
+            ...     for k in (1, 2, 3, 2):
+            ...         records.append(StepRecord(iteration=k))
+            ...     [record.iteration for record in Records.read(file.name)]
+            [1, 2]
+        """
+        records = cls(keep=None)
+        held = records._records
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                record = _parsed(line, f"{os.fspath(path)}, line {number}")
+                while held and held[-1].iteration >= record.iteration:
+                    held.pop()
+                held.append(record)
+        return records
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -147,3 +177,14 @@ class Records(Sequence[StepRecord]):
         if isinstance(index, slice):
             return list(self._records)[index]
         return self._records[index]
+
+
+def _parsed(line: str, where: str) -> StepRecord:
+    try:
+        entries = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: no JSON object") from error
+    names = {field.name for field in fields(StepRecord)}
+    if not isinstance(entries, dict) or not entries.keys() <= names or "iteration" not in entries:
+        raise ValueError(f"{where}: no record of a step")
+    return StepRecord(**entries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,29 @@ from optim.snapshot import Snapshot
 from optim.trial import Trial
 
 _HALVINGS = 40  # after which no length of the step is left to speak of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step that is not taken yet.
+
+    Attributes:
+        record: of the step as far as it is known, or of why there is none.
+        estimate: of the curvature, where one was due.
+        state: what the rule will remember.
+    """
+
+    record: StepRecord
+    trial: Trial
+    line: Line
+    estimate: Estimate | None = None
+    state: State = field(default_factory=dict)
+
+    def recorded(self, **numbers: Any) -> Plan:
+        return replace(self, record=replace(self.record, **numbers))
+
+    def skipped(self, why: str) -> Plan:
+        return self.recorded(skipped=why)
 
 
 class Stepper:
@@ -66,14 +89,26 @@ class Stepper:
         before = Snapshot(self.base)
         record = None
         try:
-            record = self._go(iteration, trial, due)
+            plan = self._plan(iteration, trial, due)
+            record = plan.record
+            if record.skipped is None:
+                self._go(plan)
         finally:
             if record is None or record.skipped is not None:
                 before.restore()
         return record
 
-    def _go(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
-        """Ask the base for a direction and go along it as far as the rule says."""
+    def ahead(self, iteration: int, trial: Trial) -> Plan:
+        """What the step would be, with an estimate; the base and the rule stay as they are."""
+        before, rule_state = Snapshot(self.base), self.rule_state
+        try:
+            return self._plan(iteration, trial, True)
+        finally:
+            before.restore()
+            self.rule_state = rule_state
+
+    def _plan(self, iteration: int, trial: Trial, due: bool) -> Plan:
+        """Ask the base for a direction, and the rule how far to go along it."""
         self._hand_over(trial.evaluation)
         ell = max(float(group["lr"]) for group in self.base.param_groups)
         ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.base.param_groups]
@@ -93,35 +128,38 @@ class Stepper:
         record = StepRecord(iteration, line.value)
         if kinetic is not None:
             record = replace(record, energy=line.value + kinetic.before)
+        plan = Plan(record, trial, line)
         if not math.isfinite(line.slope) or not math.isfinite(line.squared_norm):
-            return replace(record, skipped="the direction of the base optimizer is NaN or infinite")
-        record = replace(record, slope=line.slope)
-        estimate = None
+            return plan.skipped("the direction of the base optimizer is NaN or infinite")
+        plan = plan.recorded(slope=line.slope)
         if due and line.squared_norm > 0:
             found = self._measure(trial, line)
             if isinstance(found, str):
-                return replace(record, skipped=found)
-            estimate = found
-            record = replace(record, curvature=found.curvature, magnitude=found.magnitude)
-        r, state = self.rule.choose(line, estimate, self.rule_state)
+                return plan.skipped(found)
+            plan = replace(plan, estimate=found)
+            plan = plan.recorded(curvature=found.curvature, magnitude=found.magnitude)
+        r, state = self.rule.choose(line, plan.estimate, self.rule_state)
         if isinstance(r, str):
-            return replace(record, skipped=r)
-        record = replace(record, r=r)
+            return plan.skipped(r)
+        plan = replace(plan, state=state).recorded(r=r)
         step = min(ell * r, self._proposer.limit(ratios))
         length = math.sqrt(line.squared_norm)
         largest = min(torch.finfo(d.dtype).max for d in direction)
         if not abs(step) * max(1.0, length) < largest:
-            return replace(record, skipped=f"a step of {step:.1e} overflows the parameters' dtype")
+            return plan.skipped(f"a step of {step:.1e} overflows the parameters' dtype")
         if iteration <= self.checked and step > 0 and (line.slope > 0 or kinetic is not None):
             step = _shortened(trial, line, step)
+        return plan.recorded(step=step)
+
+    def _go(self, plan: Plan) -> None:
+        line, step = plan.line, plan.record.step
         self._proposer.move(step)
-        if kinetic is not None:
-            self.energy = kinetic.after(step)
-        self.rule_state = state
-        if ell * step > 0:
+        if line.kinetic is not None:
+            self.energy = line.kinetic.after(step)
+        self.rule_state = plan.state
+        if line.ell * step > 0:
             # A schedule that takes ell to 0 must not take the probes into the rounding.
-            self.length = step / ell * length
-        return replace(record, step=step)
+            self.length = step / line.ell * math.sqrt(line.squared_norm)
 
     def _hand_over(self, found: Evaluation) -> None:
         """Put the gradients into ``p.grad``, where the base looks for them."""

@@ -13,14 +13,15 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from curvature import RandomState, SideEffects
+from optim.ahead import Ahead, along
 from optim.estimators import Estimator
-from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate
+from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate, without_grads
 from optim.groups import check_group, check_rate
 from optim.inner import total
 from optim.left_grads import LeftGrads
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
-from optim.ranges import check_positive
+from optim.ranges import check_count, check_positive
 from optim.ranks import Ranks
 from optim.record import Records, StepRecord
 from optim.rules import Rule
@@ -173,7 +174,7 @@ class Wrapper(Optimizer):
             >>> x.detach()
             tensor([0., 0.])
         """
-        closures = _closures(closure, type(self).__name__)
+        closures = _closures(closure, f"{type(self).__name__}.step")
         for group in self.param_groups:
             check_rate(group)
         params = [p for group in self.param_groups for p in group["params"]]
@@ -200,6 +201,44 @@ class Wrapper(Optimizer):
                 message = f"step {record.iteration} skipped, nothing changed: {record.skipped}"
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
         return found.result
+
+    def look_ahead(
+        self, closure: Closure | Sequence[Closure], *, points: int = 41, reach: float = 1.5
+    ) -> Ahead:
+        """The loss along the step that ``step(closure)`` would take, without taking it.
+
+        Nothing is changed by it: for :func:`optim.plots.ahead`, in the middle of a training.
+
+        Args:
+            closure: as for :meth:`step`; a whole batch, for the picture to be of use.
+            points: how many losses to evaluate, from a quarter of the step at ell = 1 behind the
+                parameters.
+            reach: up to this multiple of that step.
+
+        Raises:
+            TypeError, ValueError: as for :meth:`step`, or no step would be taken.
+
+        Example:
+            >>> import torch
+            >>> from optim import GeN
+            >>> x = torch.nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+            >>> optimizer = GeN(torch.optim.SGD([x]), ell=0.5)
+            >>> ahead = optimizer.look_ahead(lambda: x.square().sum() + 1)
+            >>> ahead.value, ahead.step, x.item()
+            (10.0, 0.5, 3.0)
+        """
+        check_count("points", points, 3)
+        check_positive("reach", reach)
+        closures = _closures(closure, f"{type(self).__name__}.look_ahead")
+        params = [p for group in self.param_groups for p in group["params"]]
+        with without_grads(params), SideEffects() as effects:
+            found = evaluate(closures, self.stepper.estimator.recorder, params, self._setting)
+            if found.unusable is not None:
+                raise ValueError(f"no step lies ahead: {found.unusable}")
+            penalty = penalty_of(self.base, found.params)
+            trial = Trial(closures, self._setting, effects.random, found, penalty, [])
+            plan = self.stepper.ahead(self.iteration + 1, trial)
+            return along(plan, points=points, reach=reach)
 
     def _attempt(
         self, closures: Sequence[Closure], params: list[Tensor], random: RandomState
@@ -303,6 +342,6 @@ def _closures(given: Any, name: str) -> Sequence[Closure]:
     if isinstance(given, (list, tuple)):
         kind = f"a {kind} of {', '.join(type(c).__name__ for c in given) or 'nothing'}"
     raise TypeError(
-        f"{name}.step needs a closure that returns the loss, a scalar or one per sample, or a "
+        f"{name} needs a closure that returns the loss, a scalar or one per sample, or a "
         f"list of such closures; it was given {kind}"
     )

@@ -801,20 +801,6 @@ def test_records_as_json_lines(wrapper: str, tmp_path: Path) -> None:
     assert [record.iteration for record in optimizer.records[1:3]] == [2, 3]
 
 
-@every_wrapper
-def test_records_streamed_to_a_file(wrapper: str, tmp_path: Path) -> None:
-    problem = Problem()
-    optimizer = WRAPPERS[wrapper](torch.optim.SGD(problem.groups()))
-    optimizer.records = Records(keep=1, path=tmp_path / "records.jsonl")
-    problem.train(optimizer, range(3))
-    assert [record.iteration for record in optimizer.records] == [3]
-    lines = (tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]
-    assert pickle.loads(pickle.dumps(optimizer)).records[-1] == optimizer.records[-1]
-    with pytest.raises(FileNotFoundError):
-        Records(path=tmp_path / "missing" / "records.jsonl")
-
-
 def test_the_share_of_descent_directions() -> None:
     """Equation (26), of a heavy ball that climbs every now and then."""
     x = nn.Parameter(torch.tensor([1.0, -2.0]))

@@ -1,0 +1,143 @@
+"""Where records of steps go as they come: JSON lines, TensorBoard, Weights & Biases.
+
+Give them to :class:`optim.Records`::
+
+    optimizer.records = Records(JsonLines("run.jsonl"), TensorBoard("runs/first"))
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import asdict
+from typing import Any
+
+from optim.record import StepRecord
+
+_LINE = 4096  # bytes, more than a record has
+
+
+class JsonLines:
+    """Append each record to a file, one JSON object a line; :meth:`optim.Records.read` reads it.
+
+    Nothing is lost when the process is killed but a line half written, which is cut off when the
+    file is opened again.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     JsonLines(file.name).write(StepRecord(iteration=1, value=2.5))
+        ...     file.read()[:30]
+        b'{"iteration": 1, "value": 2.5,'
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        # A path that cannot be written must fail now, not after a step.
+        with open(path, "ab+") as file:
+            size = file.tell()
+            file.seek(max(0, size - _LINE))
+            tail = file.read()
+            file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+    def write(self, record: StepRecord) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
+
+
+class TensorBoard:
+    """Write each number of a record as a scalar, and why a step was skipped as a text.
+
+    Where a run goes on from a checkpoint, what it wrote after that is hidden.
+
+    Args:
+        log_dir: the folder of the run.
+        prefix: of the names of scalars.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+
+    Example: ``optimizer.records = Records(TensorBoard("runs/first"))``, then
+    ``tensorboard --logdir runs``.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str], *, prefix: str = "optim/") -> None:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise ImportError(_missing("tensorboard")) from error
+        self._log_dir, self._prefix = os.fspath(log_dir), prefix
+        self._writer: Any = None
+
+    def write(self, record: StepRecord) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self._log_dir, purge_step=record.iteration)
+            # It leaves what it holds at the end of the process unwritten.
+            weakref.finalize(self, self._writer.close)
+        for name, number in _numbers(record).items():
+            self._writer.add_scalar(self._prefix + name, number, record.iteration)
+        if record.skipped is not None:
+            self._writer.add_text(self._prefix + "skipped", record.skipped, record.iteration)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_writer": None}
+
+
+class WeightsAndBiases:
+    """Log each record to a run of Weights & Biases, against its own count of iterations.
+
+    Args:
+        run: what ``wandb.init`` returned; the active run if None.
+        prefix: of the names of what is logged.
+
+    Raises:
+        ImportError: wandb is not installed.
+        ValueError: no run is active.
+
+    Example: ``wandb.init(); optimizer.records = Records(WeightsAndBiases())``.
+    """
+
+    def __init__(self, run: Any = None, *, prefix: str = "optim/") -> None:
+        self._run: Any = _active_run() if run is None else run
+        self._prefix = prefix
+        # The caller's own calls of log count steps of their own.
+        self._run.define_metric(f"{prefix}*", step_metric=f"{prefix}iteration")
+
+    def write(self, record: StepRecord) -> None:
+        entries: dict[str, Any] = {"iteration": record.iteration, **_numbers(record)}
+        if record.skipped is not None:
+            entries["skipped"] = record.skipped
+        self._run.log({self._prefix + name: entry for name, entry in entries.items()})
+
+    def __reduce__(self) -> Any:
+        # A run belongs to its process; a copy elsewhere logs to the one that is active there.
+        return _logging_to_the_active_run, (self._prefix,)
+
+
+def _logging_to_the_active_run(prefix: str) -> WeightsAndBiases:
+    return WeightsAndBiases(prefix=prefix)
+
+
+def _active_run() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(_missing("wandb")) from error
+    if wandb.run is None:
+        raise ValueError("no run of wandb is active; call wandb.init first")
+    return wandb.run
+
+
+def _numbers(record: StepRecord) -> dict[str, float]:
+    entries = asdict(record)
+    del entries["iteration"], entries["skipped"]
+    return {name: number for name, number in entries.items() if number is not None}
+
+
+def _missing(extra: str) -> str:
+    return f"{extra} is not installed: pip install 'forward-curvature[{extra}]'"
