@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from curvature import NonFiniteLoss, gradient
 from optim.autocast import autocast_noted
+from optim.inner import inner
 from optim.intercept import intercepted
 from optim.loss_scale import LossScale
 from optim.ranks import Ranks
@@ -75,6 +77,12 @@ class Evaluation:
     eps: float = 0.0
     accumulated: bool = False
     unusable: str | None = None
+
+    @cached_property
+    def squared_norm(self) -> float:
+        """‖g‖²."""
+        known = [g for g in self.grads if g is not None]
+        return inner(known, known)
 
 
 def evaluate(

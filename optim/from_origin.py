@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, optim
@@ -34,6 +35,8 @@ class FromOrigin(OnTwins):
     def _propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
         groups = self._base.param_groups
         grads = self._grads()
+        if type(self._base) is optim.SGD and all(map(_is_plain, groups, ratios)):
+            return grads
         twins = {p: torch.zeros_like(p) for p in grads}
         decays = [group["weight_decay"] for group in groups]
         try:
@@ -51,3 +54,8 @@ class FromOrigin(OnTwins):
             for group, decay in zip(groups, decays, strict=True):
                 group["weight_decay"] = decay
         return twins
+
+
+def _is_plain(group: dict[str, Any], ratio: float) -> bool:
+    """Whether gradient descent has the gradient itself for d, and no state."""
+    return bool(group["momentum"] == group["weight_decay"] == 0 and ratio == 1)

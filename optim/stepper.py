@@ -16,7 +16,6 @@ from optim.direction import momentum, proposer
 from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
 from optim.evaluation import Evaluation
-from optim.inner import inner
 from optim.line import Estimate, Line
 from optim.ranges import check_count
 from optim.record import StepRecord
@@ -116,11 +115,12 @@ class Stepper:
         direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in trial.params]
         trial = replace(trial, direction=direction)
         kinetic = None if self._kinetic_of is None else self._kinetic_of(ratios, self.energy)
+        slope, squared_norm = trial.slope_and_squared_norm()
         line = Line(
             iteration,
             value=trial.value(),
-            slope=trial.slope(),
-            squared_norm=inner(direction, direction),
+            slope=slope,
+            squared_norm=squared_norm,
             momentum=momentum(self.base),
             ell=ell,
             kinetic=kinetic,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from operator import is_
 from typing import TypeVar, cast
 
 import torch
@@ -91,10 +92,15 @@ class Trial:
         """The mean of each number over the ranks."""
         return self.setting.ranks.means(*numbers)
 
-    def slope(self) -> float:
-        """The derivative of the mean loss along d."""
-        slope = inner(self.direction, self.evaluation.grads)
-        return slope + self.penalty.slope(self.params, self.direction)
+    def slope_and_squared_norm(self) -> tuple[float, float]:
+        """The derivative <d, g> of the mean loss along d, and ‖d‖²."""
+        d, g = self.direction, self.evaluation.grads
+        if all(map(is_, d, g)):
+            # Plain gradient descent: each of these sums reads all parameters' worth of memory.
+            slope = squared_norm = self.evaluation.squared_norm
+        else:
+            slope, squared_norm = inner(d, g), inner(d, d)
+        return slope + self.penalty.slope(self.params, d), squared_norm
 
     def loss_after(self, step: float) -> float:
         """The mean loss at theta - step d, also if it is NaN or infinite."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from optim.ahead import Ahead, along
 from optim.estimators import Estimator
 from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate, without_grads
 from optim.groups import check_group, check_rate
-from optim.inner import total
 from optim.left_grads import LeftGrads
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
@@ -25,7 +23,7 @@ from optim.ranges import check_count, check_positive
 from optim.ranks import Ranks
 from optim.record import Records, StepRecord
 from optim.rules import Rule
-from optim.sharded import check_sharding, local
+from optim.sharded import check_sharding
 from optim.stepper import Stepper
 from optim.trial import Trial
 
@@ -251,9 +249,9 @@ class Wrapper(Optimizer):
         if found.unusable is not None:
             return found, StepRecord(iteration, skipped=found.unusable)
         # The square must be finite too: preconditioners that hold it would never recover.
-        norms = torch._foreach_norm([local(g) for g in found.grads if g is not None])
-        (norm,) = self._setting.ranks.means(total(norms))
-        overflowed = not math.isfinite(norm)
+        largest = min(torch.finfo(p.dtype).max for p in found.params)
+        (squared_norm,) = self._setting.ranks.means(found.squared_norm)
+        overflowed = not squared_norm <= largest
         if overflowed:
             record = StepRecord(iteration, skipped=_OVERFLOW)
         else:

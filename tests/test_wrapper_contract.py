@@ -229,6 +229,19 @@ def test_faults_change_nothing_and_training_goes_on(base: str, wrapper: str) -> 
     assert all(torch.isfinite(p).all() for p in problem.params())
 
 
+@every_wrapper
+@pytest.mark.parametrize(("dtype", "skipped"), [(torch.float32, 1), (F64, 0)])
+def test_a_gradient_may_be_as_large_as_its_square_can_be_held(
+    wrapper: str, dtype: torch.dtype, skipped: int
+) -> None:
+    problem = Problem(dtype)
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD(problem.groups()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        optimizer.step(lambda: problem.losses(0) * 1e25)
+    assert optimizer.skipped == skipped
+
+
 def test_a_model_without_second_derivative_is_refused_and_unchanged() -> None:
     problem = Problem()
     optimizer = Rescaled(torch.optim.Adam(problem.groups()))
