@@ -1,9 +1,9 @@
 """How fast the libraries that PyTorch has on board multiply single-precision matrices.
 
-    python benchmarks/matmul.py [--out FILE]
+    python benchmarks/matmul.py
 
 The products are those of a linear layer's tangent pass (x W^T) and of its weight's gradient
-(y^T x), by MKL as ``torch.mm`` calls it and as ``curvature.rules.matmul`` chooses.
+(y^T x), by MKL as ``torch.mm`` calls it, by oneDNN, and as ``curvature.rules.matmul`` chooses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,36 +39,30 @@ def seconds(*functions: Callable[[], Tensor]) -> list[float]:
     return [statistics.median(times[2:]) for times in measured]
 
 
+def onednn(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+
+
 def rows() -> list[str]:
     lines = [
-        "| rows, inputs, outputs | x W^T: MKL | chosen | y^T x: MKL | chosen |",
-        "|---|---:|---:|---:|---:|",
+        "| rows, inputs, outputs | x W^T: MKL | oneDNN | chosen | y^T x: MKL | oneDNN | chosen |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for n, k, m in SHAPES:
         x, w, y = torch.randn(n, k), torch.randn(m, k), torch.randn(n, m)
-        forward = seconds(lambda x=x, w=w: x @ w.t(), lambda x=x, w=w: matmul(x, w.t()))
-        backward = seconds(lambda x=x, y=y: y.t() @ x, lambda x=x, y=y: matmul(y.t(), x))
+        ways = (torch.mm, onednn, matmul)
+        forward = seconds(*[lambda f=f, x=x, w=w: f(x, w.t()) for f in ways])
+        backward = seconds(*[lambda f=f, x=x, y=y: f(y.t(), x) for f in ways])
         speeds = [f"{2e-9 * n * k * m / t:.0f}" for t in forward + backward]
         lines.append(f"| {n}, {k}, {m} | " + " | ".join(speeds) + " |")
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="a page in Markdown to write")
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(2)
-    table = "\n".join(rows())
-    print(table)
-    if args.out:
-        args.out.write_text(
-            "# Products of single-precision matrices\n\n"
-            f"Gigaflops per second on two threads, torch {torch.__version__}, "
-            f"{torch.backends.cpu.get_cpu_capability()}: `torch.mm`, which calls MKL, and what "
-            "`curvature.rules.matmul` chooses; printed by `python benchmarks/matmul.py`.\n\n"
-            f"{table}\n",
-            encoding="utf-8",
-        )
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
+    print("\n".join(rows()))
 
 
 if __name__ == "__main__":
