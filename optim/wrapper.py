@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from curvature import RandomState, SideEffects
 from optim.ahead import Ahead, along
+from optim.configuration import checked_entry, shapes
 from optim.estimators import Estimator
 from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate, without_grads
 from optim.groups import check_group, check_rate
@@ -270,11 +271,14 @@ class Wrapper(Optimizer):
             "energy": self.stepper.energy,
             "steady": self._setting.loss_scale.steady,
             "rule_state": dict(self.stepper.rule_state),
+            "states": len(self.base.state),
         }
 
     def _configuration(self) -> dict[str, Any]:
         return {
             "kind": type(self).__name__,
+            "base": type(self.base).__name__,
+            "shapes": shapes(self.param_groups),
             "rule": repr(self.stepper.rule),
             "estimator": repr(self.stepper.estimator),
             "every": self.stepper.every,
@@ -283,6 +287,10 @@ class Wrapper(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's ``state_dict``, and beside it the wrapper's own numbers.
+
+        ``torch.load`` reads it with ``weights_only=True``. Its tensors are those in use, as with
+        torch's own: ``copy.deepcopy`` it to keep it in memory. ``records`` are not in it.
+        examples/checkpoint.py saves and continues a run.
 
         Example:
             >>> import torch
@@ -299,25 +307,15 @@ class Wrapper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where the wrapper that gave ``state_dict`` stood.
 
+        The groups' hyperparameters, ell among them, become those of the checkpoint, as in torch.
+
         Raises:
-            ValueError: it does not fit this optimizer; nothing has changed then.
+            ValueError: it was saved by another wrapper, base, rule or estimator, or for other
+                parameters; nothing has changed then.
 
         Example: see :meth:`state_dict`.
         """
-        own = state_dict.get("wrapper", {"kind": "an optimizer that is not wrapped"})
-        if own["kind"] != type(self).__name__:
-            raise ValueError(
-                f"the state_dict was saved by {own['kind']}, this is {type(self).__name__}"
-            )
-        configuration = self._configuration()
-        differing = own.keys() ^ {*configuration, *self._own_state()}
-        if differing:
-            raise ValueError(f"the state_dict's 'wrapper' lacks or adds {sorted(differing)}")
-        for name, here in configuration.items():
-            if own[name] != here:
-                raise ValueError(
-                    f"the state_dict was saved with {name} {own[name]}, this has {here}"
-                )
+        own = checked_entry(state_dict, self._configuration(), self._own_state())
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "wrapper"})
         self.iteration, self.skipped = own["iteration"], own["skipped"]
         self.stepper.length, self.stepper.energy = own["length"], own["energy"]

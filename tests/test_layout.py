@@ -47,6 +47,7 @@ FLOORS = {
         {
             "autocast",
             "checked",
+            "configuration",
             "groups",
             "intercept",
             "left_grads",

@@ -401,7 +401,7 @@ def test_state_of_another_kind_is_refused() -> None:
     saved["wrapper"] = {"kind": "Rescaled", "beta3": 0.5}
     saved["param_groups"][0]["lr"] = 7.0
     with pytest.raises(
-        ValueError, match=r"lacks or adds \['beta3', 'checked', 'energy', 'estimator'"
+        ValueError, match=r"lacks or adds \['base', 'beta3', 'checked', 'energy', 'estimator'"
     ):
         rescaled.load_state_dict(saved)
     assert rescaled.param_groups[0]["lr"] == 0.95

@@ -1,0 +1,66 @@
+"""What a checkpoint must have in common with the wrapper that loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Shapes = list[list[list[int]]]
+
+
+def shapes(groups: Iterable[dict[str, Any]]) -> Shapes:
+    """That of every parameter of each group."""
+    return [[list(p.shape) for p in group["params"]] for group in groups]
+
+
+def checked_entry(
+    state_dict: Any, configuration: Mapping[str, Any], others: Iterable[str]
+) -> dict[str, Any]:
+    """The wrapper's own entry of a state_dict, if it was saved by one that is set up alike.
+
+    Args:
+        configuration: of the wrapper that loads; ``shapes`` by :func:`shapes`.
+        others: names that the entry holds besides; ``states``, how many there are, is one.
+
+    Raises:
+        ValueError: it was not; the message names the first difference.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict is a {type(state_dict).__name__}, not a dictionary")
+    lacking = {"state", "param_groups"} - state_dict.keys()
+    if lacking:
+        raise ValueError(f"this is no state_dict of an optimizer: it lacks {sorted(lacking)}")
+    entry = state_dict.get("wrapper", {"kind": "an optimizer that is not wrapped"})
+    if not isinstance(entry, dict):
+        raise ValueError(f"the state_dict's 'wrapper' is a {type(entry).__name__}")
+    kind = configuration["kind"]
+    if entry.get("kind", kind) != kind:
+        raise ValueError(f"the state_dict was saved by {entry['kind']}, this is {kind}")
+    differing = entry.keys() ^ {*configuration, *others}
+    if differing:
+        raise ValueError(f"the state_dict's 'wrapper' lacks or adds {sorted(differing)}")
+    for name, here in configuration.items():
+        if entry[name] != here:
+            raise ValueError(
+                f"the state_dict was saved with {_difference(entry[name], here)}"
+                if name == "shapes"
+                else f"the state_dict was saved with {name} {entry[name]}, this has {here}"
+            )
+    states = len(state_dict["state"])
+    if states != entry["states"]:
+        raise ValueError(
+            f"the state_dict has a state for {states} parameters, saved were {entry['states']}"
+        )
+    return entry
+
+
+def _difference(saved: Shapes, here: Shapes) -> str:
+    if len(saved) != len(here):
+        return f"{len(saved)} parameter groups, this has {len(here)}"
+    for i, (there, own) in enumerate(zip(saved, here, strict=True)):
+        if len(there) != len(own):
+            return f"{len(there)} parameters in group {i}, this has {len(own)}"
+        for k, (a, b) in enumerate(zip(there, own, strict=True)):
+            if a != b:
+                return f"parameter {k} of group {i} of shape {a}, this has {b}"
+    raise AssertionError("there is no difference")
