@@ -52,3 +52,15 @@ def _is_vector(func: Callable[[Any], torch.Tensor], params: Any) -> bool:
 def assert_close(fast: torch.Tensor, exact: torch.Tensor) -> None:
     size = float(exact.abs().max()) if exact.numel() else 0.0
     torch.testing.assert_close(fast, exact, rtol=0, atol=1e-9 * max(size, 1e-3))
+
+
+def assert_identical(a: Any, b: Any) -> None:
+    """Bit for bit, in nested containers of tensors and anything else with a telling repr."""
+    (xs, inner), (ys, other) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    assert inner == other
+    for x, y in zip(xs, ys, strict=True):
+        if isinstance(x, torch.Tensor):
+            assert (x.dtype, x.shape) == (y.dtype, y.shape)
+            assert x.detach().numpy().tobytes() == y.detach().numpy().tobytes(), f"{x} and {y}"
+        else:
+            assert repr(x) == repr(y)
