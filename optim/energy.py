@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from torch.optim import SGD, Optimizer
@@ -40,19 +41,24 @@ class Energetic(Protocol):
 def kinetic_of(base: Optimizer) -> Callable[[Sequence[float], float], Kinetic]:
     """What gives the kinetic energy of ``base``'s last proposal.
 
-    It takes the ratios of the groups, and the kinetic energy that the last step left.
+    It takes the ratios of the groups, and the kinetic energy that the last step left. A copy of
+    it together with the base is of the copied base.
 
     Raises:
         TypeError: no energy is known for this optimizer, as it is set up.
     """
     if isinstance(base, Energetic):
-        return lambda ratios, last: base.kinetic()
+        return partial(_own, base)
     if type(base) is SGD:
-        return lambda ratios, last: _heavy_ball(base, ratios, last)
+        return partial(_heavy_ball, base)
     raise TypeError(
         f"{type(base).__name__} has no energy that is known to fall: INNA, INNAprop and SGD with "
         "momentum have; or give it a method kinetic, as optim.energy.Energetic describes"
     )
+
+
+def _own(base: Energetic, ratios: Sequence[float], last: float) -> Kinetic:
+    return base.kinetic()
 
 
 def _heavy_ball(base: SGD, ratios: Sequence[float], last: float) -> Kinetic:

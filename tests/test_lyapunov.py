@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -177,6 +178,24 @@ def test_a_saved_energy_is_taken_up() -> None:
     optimizer.step(closure)
     twin.step(again)
     assert twin.records[-1] == optimizer.records[-1]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@every_method
+def test_a_copy_has_the_energy_of_its_own_base(method: str, how: Callable) -> None:
+    sizes = torch.arange(1.0, 5.0, dtype=F64)
+    x = nn.Parameter(torch.ones(4, dtype=F64))
+    optimizer = Rescaled(METHODS[method][0]([x]), rule=Lyapunov())
+    for _ in range(3):
+        optimizer.step(lambda: (sizes * x**2).sum())
+    copied = how(optimizer)
+    (y,) = copied.param_groups[0]["params"]
+    for _ in range(3):
+        optimizer.step(lambda: (sizes * x**2).sum())
+    for _ in range(3):
+        copied.step(lambda: (sizes * y**2).sum())
+    assert list(copied.records) == list(optimizer.records)
+    assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(
