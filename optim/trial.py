@@ -54,6 +54,9 @@ class Trial:
         """What recorded each closure's pass, its share in the loss, and the scale of its loss.
 
         Several are run again, one at a time: their graphs together might not fit.
+
+        Raises:
+            NonFiniteLoss: a loss is NaN or infinite then.
         """
         if self.evaluation.recorder is not None:
             yield (
@@ -67,6 +70,8 @@ class Trial:
             again = recorder()
             with without_grads(self.params):
                 part = differentiated(closure, again, self.params, self.setting)
+            if part.unusable is not None:
+                raise NonFiniteLoss(part.unusable)
             yield again, share, part.scale
 
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:

@@ -263,6 +263,20 @@ def test_a_loss_that_is_nan_is_skipped_after_its_backward() -> None:
     torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("optimizer", ["jet", "gradients"])
+def test_a_part_that_is_nan_when_it_is_run_again_is_skipped(optimizer: str) -> None:
+    problem = Problem(optimizer)
+    before, calls = problem.values(), []
+
+    def closure(rows: slice) -> Tensor:
+        calls.append(rows)
+        return problem.losses(0, rows) * (math.nan if len(calls) > 3 else 1)
+
+    with pytest.warns(RuntimeWarning, match="nothing changed: the loss at a probe is NaN"):
+        problem.optimizer.step([lambda: closure(slice(0, 4)), lambda: closure(slice(4, 8))])
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+
+
 def test_other_threads_keep_their_backward() -> None:
     x = torch.ones(1, requires_grad=True)
     found: list[Tensor] = []
