@@ -36,7 +36,7 @@ def chained(optimizer: Any) -> Any:
     return lr_scheduler.ChainedScheduler(
         [
             lr_scheduler.ExponentialLR(optimizer, 0.9),
-            lr_scheduler.MultiStepLR(optimizer, [2, 6, 7], gamma=0.5),
+            lr_scheduler.StepLR(optimizer, 3, gamma=0.5),
         ]
     )
 
@@ -99,7 +99,7 @@ class Run:
         generator = torch.Generator().manual_seed(k)
         x = torch.randn(16, 4, generator=generator)
         y = torch.randint(3, (16,), generator=generator)
-        with torch.autocast("cpu", torch.float16, enabled=self.autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             return cross_entropy(self.model(x), y, reduction="none")
 
     def train(self, steps: range) -> None:
