@@ -4,6 +4,7 @@ python checkpoint_runs.py {save,load} FOLDER
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,11 @@ class Run:
     def train(self, steps: range) -> None:
         for k in steps:
             losses = self.optimizer.step(lambda k=k: self.losses(k))
-            if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
-                self.scheduler.step(losses.mean().item())
-            else:
-                self.scheduler.step()
+            by_loss = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
+            with warnings.catch_warnings():
+                # The SequentialLR of torch 2.4 warns of what it does itself.
+                warnings.filterwarnings("ignore", "The epoch parameter", UserWarning)
+                self.scheduler.step(*([losses.mean().item()] if by_loss else []))
 
     def state(self) -> dict[str, Any]:
         return {

@@ -39,7 +39,8 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     folder = tmp_path_factory.mktemp("checkpoints")
     main("save", folder)
     python("checkpoint_runs.py", "load", folder)
-    one, other = (torch.load(folder / f"{n}.pt") for n in ("uninterrupted", "continued"))
+    names = ("uninterrupted", "continued")
+    one, other = (torch.load(folder / f"{name}.pt", weights_only=True) for name in names)
     return one, other
 
 
