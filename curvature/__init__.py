@@ -1,6 +1,7 @@
 """Exact directional curvature of any PyTorch model."""
 
 from curvature import testing
+from curvature.calls import module_calls
 from curvature.directional import directional
 from curvature.errors import NonFiniteLoss, NotTwiceDifferentiable
 from curvature.extend import register_rule
@@ -11,6 +12,7 @@ from curvature.objective import Objective
 from curvature.quadratic import Quadratic
 from curvature.side_effects import RandomState, SideEffects
 from curvature.tape import Tape
+from curvature.uncompiled import uncompiled
 
 __all__ = [
     "NonFiniteLoss",
@@ -24,6 +26,8 @@ __all__ = [
     "fit",
     "gradient",
     "hvp",
+    "module_calls",
     "register_rule",
     "testing",
+    "uncompiled",
 ]

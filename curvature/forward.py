@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.overrides import TorchFunctionMode
 
+from curvature.calls import module_calls
 from curvature.origin import Origins
 from curvature.saved import Saved
 
@@ -67,16 +64,12 @@ class Forward:
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Around the forward pass."""
-        hooks = [
-            register_module_forward_pre_hook(lambda module, _: self.origins.enter(module)),
-            register_module_forward_hook(lambda *_: self.origins.leave(), always_call=True),
-        ]
-        try:
-            with _Watch(self), nullcontext() if self.saved is None else self.saved.holding():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            module_calls(self.origins.enter, lambda _: self.origins.leave()),
+            _Watch(self),
+            nullcontext() if self.saved is None else self.saved.holding(),
+        ):
+            yield
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a torch function, and note what is of use."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+
+from curvature.calls import module_calls
 
 
 class Reevaluation:
@@ -25,13 +25,13 @@ class Reevaluation:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Inside, note what every module that is called holds."""
-        with _before_each_module(self._note):
+        with module_calls(self._note):
             yield
 
     @contextmanager
     def compared(self) -> Iterator[None]:
         """Inside, a module that is called with other values raises a ValueError."""
-        with _before_each_module(self._compare):
+        with module_calls(self._compare):
             yield
 
     def _note(self, module: nn.Module) -> None:
@@ -52,15 +52,6 @@ class Reevaluation:
                         "step; load values into the module instead of lending them by "
                         "torch.func.functional_call; or switch checkpointing off"
                     )
-
-
-@contextmanager
-def _before_each_module(hook: Any) -> Iterator[None]:
-    handle = register_module_forward_pre_hook(lambda module, _: hook(module))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -11,11 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.utils.hooks import RemovableHandle
+
+from curvature.calls import module_calls
 
 _NEW = object()  # stands for the content of a buffer before it was registered
 
@@ -82,10 +79,8 @@ class SideEffects:
 
     def __enter__(self) -> SideEffects:
         self.random = RandomState()
-        self._hooks: list[RemovableHandle] = [
-            register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, always_call=True),
-        ]
+        self._watching = module_calls(self._before, self._after)
+        self._watching.__enter__()
         return self
 
     def __exit__(
@@ -94,8 +89,7 @@ class SideEffects:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._watching.__exit__(None, None, None)
         if kind is not None or not self._kept:
             self._restore_buffers()
             self.random.restore()
@@ -117,7 +111,7 @@ class SideEffects:
         """
         self._kept = True
 
-    def _before(self, module: nn.Module, _: Any) -> None:
+    def _before(self, module: nn.Module) -> None:
         if self._depth == 0:
             self._before_call = dict(_buffers(module))
             for buffer in self._before_call.values():
@@ -127,7 +121,7 @@ class SideEffects:
                     self._contents[id(buffer)] = buffer, buffer.detach().clone()
         self._depth += 1
 
-    def _after(self, module: nn.Module, *_: Any) -> None:
+    def _after(self, module: nn.Module) -> None:
         self._depth -= 1
         if self._depth == 0:
             for slot, buffer in _buffers(module):

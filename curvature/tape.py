@@ -20,6 +20,7 @@ from curvature.reevaluation import Reevaluation
 from curvature.reference import DoubleBackward
 from curvature.sweep import Sweep
 from curvature.trees import Flat, flatten_direction
+from curvature.uncompiled import uncompiled
 
 ENGINES = ("auto", "reference")
 
@@ -36,8 +37,9 @@ class Tape:
     block gradients are enabled. Random numbers and buffers advance as in any forward pass.
 
     An operation without a rule is differentiated by its own double backward, or the whole graph
-    is where that does not suffice; :attr:`Quadratic.engine` says so. The losses' graph is kept as
-    long as the tape.
+    is where that does not suffice; :attr:`Quadratic.engine` says so. What ``torch.compile`` has
+    made runs uncompiled inside the block, since it has no second derivative. The losses' graph is
+    kept as long as the tape.
 
     Args:
         engine: ``"auto"``, or ``"reference"`` for double backward through the whole graph. The
@@ -101,6 +103,7 @@ class Tape:
             raise RuntimeError("inference_mode records no graph; leave it to compute curvature")
         self._recorded = True
         self._stack = ExitStack()
+        self._stack.enter_context(uncompiled())
         self._stack.enter_context(self._allocation())
         self._stack.enter_context(torch.enable_grad())
         self._stack.enter_context(self._variants())
@@ -300,6 +303,7 @@ class Tape:
     def _deriving(self, losses: Tensor) -> Iterator[None]:
         # What checkpointing evaluates again must take the same variants as in the forward pass.
         with (
+            uncompiled(),
             self._allocation(),
             self._reevaluation.compared(),
             derivative_mode(losses.device),

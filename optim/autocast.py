@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_pre_hook
+
+from curvature import module_calls
 
 
 @dataclass
@@ -30,8 +31,5 @@ def autocast_noted(params: Iterable[Tensor]) -> Iterator[Precision]:
                 eps = torch.finfo(torch.get_autocast_dtype(device)).eps
                 precision.eps = max(precision.eps, eps)
 
-    handle = register_module_forward_pre_hook(note)
-    try:
+    with module_calls(before=note):
         yield precision
-    finally:
-        handle.remove()

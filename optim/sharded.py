@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.module import register_module_forward_hook
+
+from curvature import module_calls
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -60,14 +61,13 @@ def resharded() -> Iterator[None]:
     """
     called: dict[int, Any] = {}
 
-    def note(module: nn.Module, *_: object) -> None:
+    def note(module: nn.Module) -> None:
         if hasattr(module, "reshard"):
             called[id(module)] = module
 
-    handle = register_module_forward_hook(note)
     try:
-        yield
+        with module_calls(after=note):
+            yield
     finally:
-        handle.remove()
         for module in called.values():
             module.reshard()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from curvature import RandomState, SideEffects
+from curvature import RandomState, SideEffects, uncompiled
 from optim.ahead import Ahead, along
 from optim.configuration import checked_entry, shapes
 from optim.estimators import Estimator
@@ -178,11 +179,14 @@ class Wrapper(Optimizer):
             check_rate(group)
         params = [p for group in self.param_groups for p in group["params"]]
         old_grads = [p.grad for p in params]
+        due = self.stepper.due(self.iteration + 1)
+        follows_graph = due and self.stepper.estimator.needs_graph
         record = None
         try:
             self._left_grads.clear(params)
-            with SideEffects() as effects:
-                found, record = self._attempt(closures, params, effects.random)
+            # All that a step compares must be computed alike.
+            with uncompiled() if follows_graph else nullcontext(), SideEffects() as effects:
+                found, record = self._attempt(closures, params, effects.random, due)
                 if record.skipped is None:
                     effects.keep()
         finally:
@@ -230,7 +234,7 @@ class Wrapper(Optimizer):
         check_positive("reach", reach)
         closures = _closures(closure, f"{type(self).__name__}.look_ahead")
         params = [p for group in self.param_groups for p in group["params"]]
-        with without_grads(params), SideEffects() as effects:
+        with uncompiled(), without_grads(params), SideEffects() as effects:
             found = evaluate(closures, self.stepper.estimator.recorder, params, self._setting)
             if found.unusable is not None:
                 raise ValueError(f"no step lies ahead: {found.unusable}")
@@ -240,11 +244,10 @@ class Wrapper(Optimizer):
             return along(plan, points=points, reach=reach)
 
     def _attempt(
-        self, closures: Sequence[Closure], params: list[Tensor], random: RandomState
+        self, closures: Sequence[Closure], params: list[Tensor], random: RandomState, due: bool
     ) -> tuple[Evaluation, StepRecord]:
         """Evaluate the closures and go, or say why not; what they did besides stands."""
         iteration = self.iteration + 1
-        due = self.stepper.due(iteration)
         recorder = self.stepper.estimator.recorder if due else Plain
         found = evaluate(closures, recorder, params, self._setting)
         if found.unusable is not None:

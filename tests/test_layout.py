@@ -9,16 +9,24 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "curvature": [
         {
+            "calls",
             "errors",
             "losses",
-            "side_effects",
-            "reevaluation",
             "objective",
             "origin",
             "allocation",
             "saved",
+            "uncompiled",
         },
-        {"differentiable", "audit", "contributions", "forward", "trees"},
+        {
+            "differentiable",
+            "audit",
+            "contributions",
+            "forward",
+            "reevaluation",
+            "side_effects",
+            "trees",
+        },
         {"graph"},
         {"quadratic"},
         {"gradient", "reference", "rules.rule", "rules.matmul", "rules.normalised"},

@@ -1,0 +1,107 @@
+"""Models that torch.compile has made: the numbers of the plain ones, and compiled once."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+import curvature
+from optim import GeN, Rescaled
+from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="needs PyTorch 2.6"
+)
+
+F64 = torch.float64
+OPTIMIZERS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "jet": lambda model, base: Rescaled(base),
+    "tangent pass": lambda model, base: Rescaled(base, estimator=Exact(per_sample=False)),
+    "lazy": lambda model, base: Rescaled(base, every=3),
+    "Gauss-Newton": lambda model, base: Rescaled(base, estimator=GaussNewton(model)),
+    "gradients": lambda model, base: Rescaled(base, estimator=GradientDifferences()),
+    "losses": lambda model, base: Rescaled(base, estimator=Probes()),
+    "one loss": lambda model, base: Rescaled(base, estimator=Secant()),
+    "GeN": lambda model, base: GeN(base, phi=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Problem:
+    def __init__(self, optimizer: str, how: str) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)
+        ).to(F64)
+        self.x, self.y = torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))
+        self.model: Any = self.net
+        if how == "in place":
+            self.net.compile(backend="aot_eager")
+        elif how != "plain":
+            self.model = torch.compile(self.net, backend=how)
+        base = torch.optim.SGD(self.net.parameters(), momentum=0.9)
+        self.optimizer = OPTIMIZERS[optimizer](self.model, base)
+
+    def losses(self) -> Tensor:
+        return F.cross_entropy(self.model(self.x), self.y, reduction="none")
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.optimizer.step(self.losses)
+
+
+@pytest.mark.parametrize("how", ["eager", "aot_eager", "in place"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_are_those_of_the_plain_model_and_compile_once(optimizer: str, how: str) -> None:
+    """After the checked steps nothing new is compiled, and buffers advance once a step."""
+    plain, compiled = Problem(optimizer, "plain"), Problem(optimizer, how)
+    torch.manual_seed(0)
+    plain.train(14)
+    torch.manual_seed(0)
+    compiled.train(4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled.train(10)
+    for a, b in zip(plain.optimizer.records, compiled.optimizer.records, strict=True):
+        assert a.skipped is b.skipped is None
+        assert a.step == pytest.approx(b.step, rel=1e-9)
+    torch.testing.assert_close(compiled.net.state_dict(), plain.net.state_dict())
+    assert compiled.net[1].num_batches_tracked == 14
+
+
+@pytest.mark.parametrize("how", ["aot_eager", "in place"])
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_curvature_of_a_compiled_model(engine: str, how: str) -> None:
+    problem, plain = Problem("jet", how), Problem("jet", "plain")
+    problem.losses()  # compiled by now
+    torch.manual_seed(0)
+    found = []
+    for each in (plain, problem):
+        params = list(each.net.parameters())
+        torch.manual_seed(0)
+        with curvature.Tape(engine=engine) as tape:
+            losses = each.losses()
+        gradient = tape.backward(losses, params)
+        found += [(tape.directional(gradient).curvature, *tape.hvp(gradient))]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_checkpointed_parts_of_a_compiled_model_are_evaluated_again_uncompiled() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+    model, x = torch.compile(net, backend="aot_eager"), torch.randn(8, 4, dtype=F64)
+    params = list(net.parameters())
+    found = []
+    for run in (net, lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)):
+        with curvature.Tape() as tape:
+            loss = run(x).square().sum()
+        found.append(tape.hvp(tape.backward(loss, params)))
+    torch.testing.assert_close(found[1], found[0])
