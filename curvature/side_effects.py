@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -58,8 +58,15 @@ class SideEffects:
     Inside the block every ``torch.nn.Module`` that is called has its buffers (batch-norm
     statistics, spectral-norm vectors) copied before its forward runs. On exit the generators
     and the buffers are restored, also when the block raises; :meth:`keep` lets them stand.
-    Not seen: generator objects of your own, tensors that no called module holds as buffer, and
-    buffers inside ``torch.func`` transforms.
+    Not seen: generator objects of your own, tensors that no called module holds as buffer,
+    buffers inside ``torch.func`` transforms, and calls of modules inside a function that
+    ``torch.compile`` has made (those of a module that it has made are).
+
+    Args:
+        modules: whose buffers are copied at once, as if they were called.
+
+    Attributes:
+        called: the modules that were called, but for those that these called.
 
     Example:
         >>> import torch
@@ -70,7 +77,10 @@ class SideEffects:
         tensor([0., 0.])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self._modules = list(modules)
+        self._at_start: dict[tuple[nn.Module, str], Tensor | None] = {}
+        self.called: set[nn.Module] = set()
         self._contents: dict[int, tuple[Tensor, Tensor]] = {}
         self._before_call: dict[tuple[nn.Module, str], Tensor | None] = {}
         self._rebound: dict[tuple[nn.Module, str, int], tuple[Tensor | None, Any]] = {}
@@ -79,6 +89,8 @@ class SideEffects:
 
     def __enter__(self) -> SideEffects:
         self.random = RandomState()
+        self._at_start = {slot: b for module in self._modules for slot, b in _buffers(module)}
+        self._copy(self._at_start.values())
         self._watching = module_calls(self._before, self._after)
         self._watching.__enter__()
         return self
@@ -93,6 +105,7 @@ class SideEffects:
         if kind is not None or not self._kept:
             self._restore_buffers()
             self.random.restore()
+        self._at_start.clear()
         self._contents.clear()
         self._before_call.clear()
         self._rebound.clear()
@@ -113,13 +126,17 @@ class SideEffects:
 
     def _before(self, module: nn.Module) -> None:
         if self._depth == 0:
+            self.called.add(module)
             self._before_call = dict(_buffers(module))
-            for buffer in self._before_call.values():
-                if buffer is None or id(buffer) in self._contents:
-                    continue
-                if not is_functorch_wrapped_tensor(buffer):
-                    self._contents[id(buffer)] = buffer, buffer.detach().clone()
+            self._copy(self._before_call.values())
         self._depth += 1
+
+    def _copy(self, buffers: Iterable[Tensor | None]) -> None:
+        for buffer in buffers:
+            if buffer is None or id(buffer) in self._contents:
+                continue
+            if not is_functorch_wrapped_tensor(buffer):
+                self._contents[id(buffer)] = buffer, buffer.detach().clone()
 
     def _after(self, module: nn.Module) -> None:
         self._depth -= 1
@@ -135,14 +152,21 @@ class SideEffects:
         for (module, name, _), (buffer, first) in self._rebound.items():
             # functional_call lends its own tensors for a call: then the slot holds another again.
             if module._buffers.get(name, _NEW) is buffer:
-                if first is _NEW:
-                    delattr(module, name)
-                else:
-                    module._buffers[name] = first
+                _fill(module, name, first)
+        for slot in [slot for module in self._modules for slot, _ in _buffers(module)]:
+            _fill(*slot, self._at_start.get(slot, _NEW))
         for buffer, copy in self._contents.values():
             # An unchanged buffer is not written: a write would invalidate graphs that saved it.
             if not torch.equal(buffer, copy):
                 buffer.copy_(copy)
+
+
+def _fill(module: nn.Module, name: str, buffer: Any) -> None:
+    """Put a buffer back into its slot, or remove the slot that there was not."""
+    if buffer is _NEW:
+        delattr(module, name)
+    else:
+        module._buffers[name] = buffer
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:

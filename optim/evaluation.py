@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curvature import NonFiniteLoss, gradient
 from optim.autocast import autocast_noted
+from optim.called import Called
 from optim.inner import inner
 from optim.intercept import intercepted
 from optim.loss_scale import LossScale
@@ -45,6 +46,7 @@ class Setting:
 
     loss_scale: LossScale
     ranks: Ranks
+    called: Called
 
 
 @dataclass(frozen=True, eq=False)

@@ -175,7 +175,7 @@ class Stepper:
     def _measure(self, trial: Trial, line: Line) -> Estimate | str:
         try:
             # Differentiating may evaluate checkpointed modules again, and so their statistics.
-            with SideEffects():
+            with SideEffects(trial.setting.called):
                 reach = self._reach(trial, line)
                 found = self.estimator.estimate(trial, line, reach)
                 return found if isinstance(found, str) else replace(found, reach=reach)

@@ -75,8 +75,8 @@ class Trial:
             yield again, share, part.scale
 
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
-        """The mean loss with other values in the parameters, and the same random numbers."""
-        with self._moved_to(values):
+        """The mean loss with other values in the parameters, by the same random numbers."""
+        with SideEffects(self.setting.called), self._moved_to(values):
             losses = [losses_again(closure, self.evaluation) for closure in self.closures]
         shares = self.evaluation.shares
         local = sum(k * x.double().mean().item() for k, x in zip(shares, losses, strict=True))
@@ -109,8 +109,7 @@ class Trial:
 
     def loss_after(self, step: float) -> float:
         """The mean loss at theta - step d, also if it is NaN or infinite."""
-        with SideEffects():
-            return self.loss_at(self._after(step)).item()
+        return self.loss_at(self._after(step)).item()
 
     def rounding(self, loss: float) -> float:
         """How far apart ``loss`` and the mean loss here may be by rounding alone."""

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from curvature import RandomState, SideEffects, uncompiled
 from optim.ahead import Ahead, along
+from optim.called import Called
 from optim.configuration import checked_entry, shapes
 from optim.estimators import Estimator
 from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate, without_grads
@@ -82,7 +84,7 @@ class Wrapper(Optimizer):
         self.skipped = 0
         self.iteration = 0
         self._left_grads = LeftGrads()
-        self._setting = Setting(LossScale(scaler), Ranks(process_group))
+        self._setting = Setting(LossScale(scaler), Ranks(process_group), Called())
         for group in base.param_groups:
             self._check_sharding(group)
         self.__setstate__({})
@@ -136,6 +138,7 @@ class Wrapper(Optimizer):
         exact = type(estimator).__name__ if estimator.needs_graph else None
         check_sharding(group["params"], several=self._setting.ranks.several, exact=exact)
 
+    @_disable_dynamo  # as zero_grad of torch's own optimizers
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
         """Evaluate the loss and its gradient, ask the base for a direction, and go the right way.
 
@@ -180,15 +183,17 @@ class Wrapper(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         old_grads = [p.grad for p in params]
         due = self.stepper.due(self.iteration + 1)
-        follows_graph = due and self.stepper.estimator.needs_graph
+        called = self._setting.called
+        # All that a step compares must be computed alike.
+        plainly = (due and self.stepper.estimator.needs_graph) or not called.known
         record = None
         try:
             self._left_grads.clear(params)
-            # All that a step compares must be computed alike.
-            with uncompiled() if follows_graph else nullcontext(), SideEffects() as effects:
+            with uncompiled() if plainly else nullcontext(), SideEffects(called) as effects:
                 found, record = self._attempt(closures, params, effects.random, due)
                 if record.skipped is None:
                     effects.keep()
+                called.note(effects.called)
         finally:
             if record is None or record.skipped is not None:
                 for p, g in zip(params, old_grads, strict=True):
@@ -202,7 +207,8 @@ class Wrapper(Optimizer):
             # A loss scale finds its place by overflows.
             if not (record.skipped == _OVERFLOW and self._setting.loss_scale.used):
                 message = f"step {record.iteration} skipped, nothing changed: {record.skipped}"
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
+                # Above are the frames of torch's two decorators.
+                warnings.warn(message, RuntimeWarning, stacklevel=5)
         return found.result
 
     def look_ahead(

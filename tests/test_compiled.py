@@ -1,5 +1,6 @@
 """Models that torch.compile has made: the numbers of the plain ones, and compiled once."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,12 +37,19 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.dropout(self.norm(self.first(x)).tanh(), 0.2, self.training))
+
+
 class Problem:
     def __init__(self, optimizer: str, how: str) -> None:
         torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)
-        ).to(F64)
+        self.net = Net().to(F64)
         self.x, self.y = torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))
         self.model: Any = self.net
         if how == "in place":
@@ -59,8 +67,17 @@ class Problem:
             self.optimizer.step(self.losses)
 
 
-@pytest.mark.parametrize("how", ["eager", "aot_eager", "in place"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "how"),
+    [
+        *((optimizer, "aot_eager") for optimizer in OPTIMIZERS),
+        *(
+            (optimizer, how)
+            for optimizer in ("jet", "lazy", "GeN")
+            for how in ("eager", "in place")
+        ),
+    ],
+)
 def test_steps_are_those_of_the_plain_model_and_compile_once(optimizer: str, how: str) -> None:
     """After the checked steps nothing new is compiled, and buffers advance once a step."""
     plain, compiled = Problem(optimizer, "plain"), Problem(optimizer, how)
@@ -74,7 +91,7 @@ def test_steps_are_those_of_the_plain_model_and_compile_once(optimizer: str, how
         assert a.skipped is b.skipped is None
         assert a.step == pytest.approx(b.step, rel=1e-9)
     torch.testing.assert_close(compiled.net.state_dict(), plain.net.state_dict())
-    assert compiled.net[1].num_batches_tracked == 14
+    assert compiled.net.norm.num_batches_tracked == 14
 
 
 @pytest.mark.parametrize("how", ["aot_eager", "in place"])
@@ -105,3 +122,43 @@ def test_checkpointed_parts_of_a_compiled_model_are_evaluated_again_uncompiled()
             loss = run(x).square().sum()
         found.append(tape.hvp(tape.backward(loss, params)))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("optimizer", ["jet", "losses", "GeN"])
+def test_a_compiled_function_hides_no_buffers(optimizer: str, warm: bool) -> None:
+    """Also where it was compiled before the wrapper saw it."""
+    plain, compiled = Problem(optimizer, "plain"), Problem(optimizer, "plain")
+    losses = torch.compile(compiled.losses, backend="aot_eager")
+    for problem, closure in ((plain, plain.losses), (compiled, losses)):
+        if warm:
+            closure()
+        torch.manual_seed(0)
+        for _ in range(4):
+            problem.optimizer.step(closure)
+    torch.testing.assert_close(compiled.net.state_dict(), plain.net.state_dict())
+    assert compiled.net.norm.num_batches_tracked == 4 + warm
+
+
+@pytest.mark.parametrize("optimizer", ["jet", "GeN"])
+def test_a_skipped_step_takes_back_what_a_compiled_function_did(optimizer: str) -> None:
+    problem = Problem(optimizer, "plain")
+    losses = torch.compile(lambda scale: problem.losses() * scale, backend="aot_eager")
+    problem.optimizer.step(lambda: losses(torch.ones(())))
+    problem.optimizer.step(lambda: losses(torch.ones(())))
+    before = copy.deepcopy(problem.net.state_dict())
+    with pytest.warns(RuntimeWarning, match="nothing changed"):
+        problem.optimizer.step(lambda: losses(torch.tensor(torch.nan)))
+    torch.testing.assert_close(problem.net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["jet", "GeN"])
+def test_a_step_inside_a_compiled_function_is_left_out_of_it(optimizer: str) -> None:
+    plain, compiled = Problem(optimizer, "plain"), Problem(optimizer, "plain")
+    torch.manual_seed(0)
+    plain.train(3)
+    torch.manual_seed(0)
+    step = torch.compile(lambda: compiled.train(1), backend="aot_eager")
+    for _ in range(3):
+        step()
+    assert list(compiled.optimizer.records) == list(plain.optimizer.records)

@@ -54,6 +54,7 @@ FLOORS = {
     "optim": [
         {
             "autocast",
+            "called",
             "checked",
             "configuration",
             "groups",

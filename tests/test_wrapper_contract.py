@@ -374,6 +374,15 @@ def test_pickles(wrapper: str) -> None:
 
 
 @every_wrapper
+def test_a_skipped_step_warns_of_the_callers_line(wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(1))
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD([p]))
+    with pytest.warns(RuntimeWarning, match="skipped") as caught:
+        optimizer.step(lambda: p.sum() * torch.nan)
+    assert caught[0].filename == __file__
+
+
+@every_wrapper
 def test_hooks_of_saving_and_loading_run(wrapper: str) -> None:
     p = nn.Parameter(torch.ones(1))
     optimizer = WRAPPERS[wrapper](torch.optim.SGD([p]))
