@@ -172,6 +172,12 @@ def _backward(
                 grads = recorder.backward(scaled, now)
         except NonFiniteLoss as error:
             unusable = str(error)
+        for g in grads:
+            if g is not None and g.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of a parameter of shape {tuple(g.shape)} is sparse, and such a "
+                    "one has neither direction nor curvature here; make its layer with sparse=False"
+                )
         if scale != 1 or setting.ranks.several:
             # Also at 1: those of a process group may be views of memory that is used again.
             grads = [None if g is None else g / scale for g in grads]

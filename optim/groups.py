@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def check_rate(group: dict[str, Any]) -> None:
@@ -27,8 +29,29 @@ def check_group(group: dict[str, Any]) -> None:
             "a scheduler is attached to the base optimizer already; attach it to the wrapper, "
             "after wrapping: there lr is the factor ell"
         )
-    for p in group["params"]:
+    for i, p in enumerate(group["params"]):
         if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"a parameter has dtype {p.dtype}; only float32 and float64 can be used"
+                f"{_described(i, p)} has dtype {p.dtype}; only float32 and float64 can be used. "
+                "For half precision leave it in float32 and evaluate the loss under torch.autocast"
             )
+
+
+def check_devices(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse parameters without values, and on several devices."""
+    placed = [(i, p) for group in groups for i, p in enumerate(group["params"])]
+    for i, p in placed:
+        if p.is_meta:
+            raise TypeError(
+                f"{_described(i, p)} is on the meta device and has no values: load the model, or "
+                "call its to_empty and initialise it, before making the optimizer"
+            )
+        if p.device != placed[0][1].device:
+            raise TypeError(
+                f"{_described(i, p)} is on {p.device} and {_described(*placed[0])} on "
+                f"{placed[0][1].device}; move all parameters to one device"
+            )
+
+
+def _described(i: int, p: Tensor) -> str:
+    return f"parameter {i} of its group, of shape {tuple(p.shape)},"

@@ -19,7 +19,7 @@ from optim.called import Called
 from optim.configuration import checked_entry, shapes
 from optim.estimators import Estimator
 from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate, without_grads
-from optim.groups import check_group, check_rate
+from optim.groups import check_devices, check_group, check_rate
 from optim.left_grads import LeftGrads
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
@@ -76,6 +76,11 @@ class Wrapper(Optimizer):
         for group in base.param_groups:
             check_group(group)
             check_rate(group)
+        check_devices(base.param_groups)
+        self._setting = Setting(LossScale(scaler), Ranks(process_group), Called())
+        for group in base.param_groups:
+            self._check_sharding(group)
+        # Nothing is refused from here on, so that a base that is stays as it was.
         fastest = max(float(group["lr"]) for group in base.param_groups)
         for group in base.param_groups:
             group["lr"] = ell * float(group["lr"]) / fastest if fastest > 0 else ell
@@ -84,9 +89,6 @@ class Wrapper(Optimizer):
         self.skipped = 0
         self.iteration = 0
         self._left_grads = LeftGrads()
-        self._setting = Setting(LossScale(scaler), Ranks(process_group), Called())
-        for group in base.param_groups:
-            self._check_sharding(group)
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,6 +132,7 @@ class Wrapper(Optimizer):
         self.base.add_param_group({**param_group, "lr": 0.0})
         group = self.param_groups.pop()
         check_group(group)
+        check_devices([*self.param_groups, group])
         self._check_sharding(group)
         self.param_groups.append({**group, "lr": ell})
 
