@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from curvature.arguments import check_callable
+
 _Watcher = tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]
 _watchers: list[_Watcher] = []
 _originals: list[Any] = []
@@ -39,6 +41,8 @@ def module_calls(
         Linear
         Tanh
     """
+    check_callable("before", before)
+    check_callable("after", after)
     watcher = before, after
     if not _watchers:
         _originals.append(nn.Module.__call__)

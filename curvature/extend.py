@@ -7,6 +7,7 @@ from typing import Any
 
 from torch._library.custom_ops import CustomOpDef
 
+from curvature.arguments import check_callable
 from curvature.rules.table import General, Linear, register
 
 
@@ -62,13 +63,16 @@ def register_rule(
     """
     if (push is None) == (tangent is None):
         raise TypeError("give either push or tangent")
+    check_callable("push" if tangent is None else "tangent", push if tangent is None else tangent)
     register(_key(operation), General(push) if push is not None else Linear(tangent))  # type: ignore[arg-type]
 
 
 def _key(operation: Any) -> str | type:
     if isinstance(operation, CustomOpDef):
         return f"GeneratedBackwardFor_{operation._qualname.replace('::', '_')}_defaultBackward"
-    if isinstance(operation, str) or (isinstance(operation, type) and hasattr(operation, "apply")):
+    if (isinstance(operation, str) and operation) or (
+        isinstance(operation, type) and hasattr(operation, "apply")
+    ):
         return operation
     raise TypeError(
         f"operation is {operation!r}; it must be a subclass of torch.autograd.Function, an "

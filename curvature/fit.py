@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvature.arguments import check_callable
+from curvature.arguments import number as as_number
 from curvature.errors import NonFiniteLoss
 from curvature.losses import check_losses, describe_non_finite, is_finite
 from curvature.quadratic import Quadratic
@@ -69,6 +71,7 @@ def fit(
         >>> fit(loss, x, v, steps=[0.5], value=15.0, slope=6.0).curvature
         tensor(6.)
     """
+    check_callable("func", func)
     flat = flatten_params(params)
     leaves = flatten_direction(direction, flat)
     known = [_known("value", value), _known("slope", slope)]
@@ -110,17 +113,17 @@ def _without_graph(func: Callable[[Any], Tensor], params: Any) -> Tensor:
 def _known(name: str, number: float | Tensor | None) -> float | None:
     if number is None:
         return None
-    result = float(number)
+    result = as_number(name, number)
     if not math.isfinite(result):
         raise ValueError(f"{name} is {result}; give a finite number or leave it out")
     return result
 
 
 def _check_steps(steps: Sequence[float], degree: int, known: list[float | None]) -> list[float]:
-    if degree < 2 or int(degree) != degree:
+    if not isinstance(degree, int) or isinstance(degree, bool) or degree < 2:
         raise ValueError(f"degree is {degree}; a curvature needs an integer of at least 2")
     try:
-        points = [float(t) for t in steps]
+        points = [as_number("a step", t) for t in steps]
     except TypeError as error:
         raise TypeError(f"steps is {steps!r}; give a list of numbers, as [0.1]") from error
     if not all(map(math.isfinite, points)):

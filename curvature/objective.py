@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from curvature.arguments import check_callable
+
 
 class Objective:
     """``J(params) = loss(model(inputs), target)``: a function that the verbs of this package take.
@@ -24,7 +26,8 @@ class Objective:
         params: the model's trainable parameters by name, as :func:`dict`; read at each access.
 
     Raises:
-        TypeError: ``model`` is no module, ``batch`` no pair, or ``params`` no mapping.
+        TypeError: ``model`` is no module, ``loss`` no function, ``batch`` no pair, or ``params`` no
+            mapping.
         ValueError: the batch is empty.
 
     Example:
@@ -45,6 +48,7 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+        check_callable("loss", loss)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise TypeError("batch must be a pair (inputs, target)")
         tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from curvature.arguments import check_callable
 from curvature.side_effects import SideEffects
 from curvature.tape import Tape
 from curvature.trees import Flat, flatten_direction, flatten_params
@@ -21,6 +22,7 @@ def recorded(
 
     The tape is used inside the block: restoring buffers would invalidate a graph that saved them.
     """
+    check_callable("func", func)
     tape = Tape(engine=engine)
     flat = flatten_params(params)
     direction = flatten_direction(vector, flat, argument=argument)

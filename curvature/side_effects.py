@@ -79,6 +79,8 @@ class SideEffects:
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self._modules = list(modules)
+        if not all(isinstance(module, nn.Module) for module in self._modules):
+            raise TypeError("modules must hold torch.nn.Module alone")
         self._at_start: dict[tuple[nn.Module, str], Tensor | None] = {}
         self.called: set[nn.Module] = set()
         self._contents: dict[int, tuple[Tensor, Tensor]] = {}

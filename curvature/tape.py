@@ -81,7 +81,8 @@ class Tape:
             raise ValueError(f"engine is {engine!r}; it must be one of {known}")
         if engine == "reference" and (low_memory or tangent_dtype is not None):
             raise ValueError("the reference engine has neither low_memory nor tangent_dtype")
-        if tangent_dtype is not None and not tangent_dtype.is_floating_point:
+        floating = isinstance(tangent_dtype, torch.dtype) and tangent_dtype.is_floating_point
+        if tangent_dtype is not None and not floating:
             raise TypeError(f"tangent_dtype is {tangent_dtype}; it must be real and floating-point")
         fast = engine == "auto" and Sweep.available()
         self._forward = Forward(freeing=low_memory) if fast else None
@@ -220,7 +221,7 @@ class Tape:
         """
         losses, params = self._state()
         leaves = flatten_direction(direction, params)
-        given = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        given = [outputs] if isinstance(outputs, (Tensor, type(None))) else list(outputs)
         if not given or not all(isinstance(y, Tensor) and y.requires_grad for y in given):
             raise TypeError(
                 "outputs must be tensors with a graph: what the model returned inside the block"

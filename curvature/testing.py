@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvature.arguments import check_callable, number
 from curvature.directional import directional
 from curvature.hvp import hvp
 from curvature.losses import check_losses
@@ -55,6 +57,9 @@ def finite_difference(
         >>> bool((estimate.curvature - torch.exp(x).sum()).abs() < 1e-9)
         True
     """
+    check_callable("func", func)
+    if not 0 < number("step", step) < math.inf:
+        raise ValueError(f"step is {step}; it must be finite and positive")
     flat = flatten_params(params)
     leaves = flatten_direction(direction, flat)
     for name, leaf in zip(flat.names, flat.leaves, strict=True):
@@ -145,6 +150,13 @@ def check_rule(func: Callable[..., Any], *inputs: Tensor, rtol: float = 1e-6) ->
         >>> import torch
         >>> check_rule(torch.atan2, torch.rand(3).double() + 1, torch.rand(3).double() + 1)
     """
+    check_callable("func", func)
+    if not inputs:
+        raise ValueError("there are no inputs that could move")
+    for i, x in enumerate(inputs):
+        if not isinstance(x, Tensor) or x.dtype != torch.float64:
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"input {i} is a {kind}; finite differences need float64 tensors")
     generator = torch.Generator().manual_seed(0)
 
     def random(like: Tensor) -> Tensor:

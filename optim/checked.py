@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optim.ranges import check_number
+
+_NUMBERS = ("lr", "alpha", "beta", "sigma", "eps", "weight_decay")
+
 
 class Checked(Optimizer):
     """A torch optimizer that refuses what it cannot step before it has moved anything."""
@@ -19,7 +23,7 @@ class Checked(Optimizer):
 
         Raises:
             ValueError: a hyperparameter is out of range.
-            TypeError: a parameter is complex or integer.
+            TypeError: one is no number, or a parameter is complex or integer.
 
         Example:
             >>> import torch
@@ -30,7 +34,7 @@ class Checked(Optimizer):
             >>> [group["beta"] for group in optimizer.param_groups]
             [0.9, 0.2]
         """
-        self._check_group({**self.defaults, **param_group})
+        self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_floating_point():
@@ -61,11 +65,23 @@ class Checked(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._check_group(group)
+            self._check(group)
         self._check_gradients()
         for group in self.param_groups:
             self._step_group(group)
         return loss
+
+    def _check(self, group: dict[str, Any]) -> None:
+        for name in _NUMBERS:
+            if name in group:
+                check_number(name, group[name])
+        if "betas" in group:
+            betas = group["betas"]
+            if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+                raise TypeError(f"betas is {betas!r}; give two numbers")
+            for i, beta in enumerate(betas):
+                check_number(f"betas[{i}]", beta)
+        self._check_group(group)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:

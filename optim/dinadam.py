@@ -72,8 +72,8 @@ class DINAdam(Preconditioned):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        for name, sigma in zip(("sigma1", "sigma2"), group["betas"], strict=True):
-            check_decay(name, sigma)
+        for i, sigma in enumerate(group["betas"]):
+            check_decay(f"betas[{i}]", sigma)
 
     def _move(
         self,

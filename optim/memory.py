@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from optim.ranges import check_count
+from optim.ranges import check_count, check_kind
 
 
 class Memory(nn.Module):
@@ -25,6 +25,7 @@ class Memory(nn.Module):
     up to ``capacity`` rows, those of this batch first; a larger batch stays as it is.
 
     Raises:
+        TypeError: an argument is of the wrong kind, or targets are no integers.
         ValueError: a shape does not fit.
 
     Example:
@@ -44,7 +45,11 @@ class Memory(nn.Module):
     def __init__(self, capacity: int, features: int | tuple[int, ...]) -> None:
         super().__init__()
         check_count("capacity", capacity)
-        shape = (features,) if isinstance(features, int) else tuple(features)
+        shape = (features,) if isinstance(features, int) else features
+        if not isinstance(shape, tuple):
+            raise TypeError(f"features is {features!r}; give an integer or a tuple of them")
+        for size in shape:
+            check_count("an entry of features", size)
         self.register_buffer("features", torch.zeros(capacity, *shape))
         self.register_buffer("targets", torch.zeros(capacity, dtype=torch.long))
         self.register_buffer("held", torch.zeros((), dtype=torch.long))
@@ -54,6 +59,8 @@ class Memory(nn.Module):
 
         Example: see :class:`Memory`.
         """
+        check_kind("x", x, Tensor, "a tensor of features")
+        check_kind("y", y, Tensor, "a tensor of targets")
         capacity, *shape = self.features.shape
         if list(x.shape[1:]) != shape or y.shape != x.shape[:1]:
             raise ValueError(

@@ -1,21 +1,41 @@
-"""Refusals of arguments that are out of range."""
+"""Refusals of arguments that are out of range or of the wrong kind."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no number; a tensor of one entry is one."""
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is {value!r}; it must be a number") from error
 
 
 def check_decay(name: str, value: float) -> None:
     """Of a moving average."""
+    check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name} is {value}; it must be in [0, 1)")
 
 
 def check_positive(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}; it must be positive")
 
 
 def check_count(name: str, count: int, least: int = 1) -> None:
-    if not isinstance(count, int) or count < least:
-        raise ValueError(f"{name} is {count}; it must be an integer of at least {least}")
+    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        raise ValueError(f"{name} is {count!r}; it must be an integer of at least {least}")
+
+
+def check_kind(name: str, value: Any, kind: type, hint: str) -> None:
+    """Refuse what is not of this class; the hint says what to give."""
+    if not isinstance(value, kind):
+        given = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise TypeError(f"{name} is {given}; give {hint}")

@@ -19,6 +19,7 @@ class Ranks:
         group: None for a process of its own.
 
     Raises:
+        TypeError: it is no process group.
         ValueError: several processes run, and no group is given.
     """
 
@@ -30,6 +31,13 @@ class Ranks:
                     f"{count} processes run: give process_group=torch.distributed.group.WORLD, so "
                     "that all take the same steps; a group of one lets each go its own way"
                 )
+        if group is not None and not (
+            distributed.is_available() and isinstance(group, distributed.ProcessGroup)
+        ):
+            raise TypeError(
+                f"process_group is {group!r}; give one of torch.distributed, as "
+                "torch.distributed.group.WORLD after init_process_group"
+            )
         self._group = group
         self.size = 1 if group is None else distributed.get_world_size(group)
 

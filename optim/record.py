@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Protocol, overload
 
+from optim.ranges import check_count, check_kind
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -82,6 +84,14 @@ class Records(Sequence[StepRecord]):
     """
 
     def __init__(self, *sinks: Sink, keep: int | None = 10_000) -> None:
+        for sink in sinks:
+            if not callable(getattr(sink, "write", None)):
+                raise TypeError(
+                    f"a sink is {sink!r}; give one of optim.sinks, as JsonLines(path), or what has "
+                    "a write(record)"
+                )
+        if keep is not None:
+            check_count("keep", keep, 0)
         self._records: deque[StepRecord] = deque(maxlen=keep)
         self._sinks = sinks
 
@@ -90,6 +100,7 @@ class Records(Sequence[StepRecord]):
 
         Example: see :class:`Records`.
         """
+        check_kind("record", record, StepRecord, "a StepRecord")
         self._records.append(record)
         for sink in self._sinks:
             sink.write(record)
@@ -115,6 +126,7 @@ class Records(Sequence[StepRecord]):
         """
         held = list(self._records)
         if last is not None:
+            check_count("last", last, 0)
             held = held[max(0, len(held) - last) :]
         slopes = [record.slope for record in held if record.slope is not None]
         return sum(slope >= 0 for slope in slopes) / len(slopes) if slopes else math.nan

@@ -11,7 +11,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from optim.ranges import check_count, check_positive
+from optim.ranges import check_count, check_kind, check_number, check_positive
 
 
 def cooldown(optimizer: Optimizer, steps: int, *, share: float = 0.4) -> LambdaLR:
@@ -37,7 +37,9 @@ def cooldown(optimizer: Optimizer, steps: int, *, share: float = 0.4) -> LambdaL
         >>> round(optimizer.param_groups[0]["lr"], 3)
         0.4
     """
+    _check_optimizer(optimizer)
     check_count("steps", steps)
+    check_number("share", share)
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; it must be in (0, 1]")
     return LambdaLR(optimizer, lambda k: max(0.0, min(1.0, (1 - k / steps) / share)))
@@ -65,6 +67,7 @@ def red(optimizer: Optimizer, epochs: int, *, eta: float = 0.5) -> LambdaLR:
         >>> round(optimizer.param_groups[0]["lr"], 4)
         0.7071
     """
+    _check_optimizer(optimizer)
     check_count("epochs", epochs)
     check_positive("eta", eta)
     return LambdaLR(optimizer, lambda n: eta ** (n / epochs))
@@ -89,6 +92,7 @@ def ran(optimizer: Optimizer) -> LambdaLR:
         >>> ells[4:6], ells[17:21]
         ([1.0, 0.5], [0.5, 2.0, 2.0, 1.0])
     """
+    _check_optimizer(optimizer)
     phases = [1.0] * 5 + [0.5] * 13 + [2.0] * 2
     return LambdaLR(optimizer, lambda n: phases[n % len(phases)])
 
@@ -124,7 +128,9 @@ def warmup_cosine(optimizer: Optimizer, warmup: int, decay: int, *, least: float
         >>> rates
         [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
     """
+    _check_optimizer(optimizer)
     _check_warmup(warmup, "decay", decay)
+    check_number("least", least)
     if not 0 <= least <= 1:
         raise ValueError(f"least is {least}; it must be in [0, 1]")
 
@@ -164,6 +170,7 @@ def warmup_linear(optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
         >>> rates
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
+    _check_optimizer(optimizer)
     _check_warmup(warmup, "steps", steps)
 
     def factor(k: int) -> float:
@@ -172,6 +179,10 @@ def warmup_linear(optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
         return max(0.0, 1 - (k - warmup) / (steps - warmup))
 
     return LambdaLR(optimizer, factor)
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    check_kind("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer, as a wrapper is one")
 
 
 def _check_warmup(warmup: int, name: str, end: int) -> None:

@@ -35,7 +35,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = path
+        self._path = os.fspath(path)  # open takes numbers too, for files that are open already
         # A path that cannot be written must fail now, not after a step.
         with open(path, "ab+") as file:
             size = file.tell()

@@ -23,7 +23,7 @@ from optim.groups import check_devices, check_group, check_rate
 from optim.left_grads import LeftGrads
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
-from optim.ranges import check_count, check_positive
+from optim.ranges import check_count, check_kind, check_positive
 from optim.ranks import Ranks
 from optim.record import Records, StepRecord
 from optim.rules import Rule
@@ -68,11 +68,17 @@ class Wrapper(Optimizer):
     ) -> None:
         if isinstance(base, Wrapper):
             raise TypeError(f"base is a {type(base).__name__}, which already chooses the step")
+        check_positive("ell", ell)
+        check_kind("rule", rule, Rule, "a rule of optim.rules, as Cautious()")
+        check_kind("estimator", estimator, Estimator, "one of optim.estimators, as Exact()")
+        if clip is not None and not callable(clip):
+            raise TypeError(f"clip is {clip!r}; give a function of the list of parameters")
+        if scaler is not None:
+            check_kind("scaler", scaler, GradScaler, "a torch.amp.GradScaler")
         self.base = base
         self.stepper = Stepper(
             base, estimator=estimator, rule=rule, every=every, checked=checked, clip=clip
         )
-        check_positive("ell", ell)
         for group in base.param_groups:
             check_group(group)
             check_rate(group)

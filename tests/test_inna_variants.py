@@ -109,8 +109,8 @@ def test_dinadam_can_be_rescaled_and_the_momentum_form_says_that_it_cannot() -> 
     [
         (lambda p: DINAdam(p, lr=-1.0), "lr is -1.0"),
         (lambda p: DINAdam(p, beta=-0.1), "beta is -0.1"),
-        (lambda p: DINAdam(p, betas=(1.0, 0.9)), "sigma1 is 1.0"),
-        (lambda p: DINAdam(p, betas=(0.9, -0.1)), "sigma2 is -0.1"),
+        (lambda p: DINAdam(p, betas=(1.0, 0.9)), r"betas\[0\] is 1.0"),
+        (lambda p: DINAdam(p, betas=(0.9, -0.1)), r"betas\[1\] is -0.1"),
         (lambda p: DINAdam(p, eps=0.0), "eps is 0.0"),
         (lambda p: DINAdam(p, weight_decay=-1.0), "weight_decay is -1.0"),
         (lambda p: INNApropMomentum(p, lr=0.9), "lr must stay below beta"),

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "curvature": [
+        {"arguments"},
         {
             "calls",
             "errors",
@@ -52,6 +53,7 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
+        {"ranges"},
         {
             "autocast",
             "called",
@@ -61,7 +63,6 @@ FLOORS = {
             "intercept",
             "left_grads",
             "loss_scale",
-            "ranges",
             "ranks",
             "record",
             "sharded",

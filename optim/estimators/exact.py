@@ -51,6 +51,10 @@ class Exact(Estimator):
 
     per_sample: bool | None = None
 
+    def __post_init__(self) -> None:
+        if self.per_sample not in (None, True, False):
+            raise TypeError(f"per_sample is {self.per_sample!r}; it must be True, False or None")
+
     @property
     def needs_graph(self) -> bool:
         return True

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from curvature import Tape
 from optim.estimators.estimator import Estimator
 from optim.line import Estimate, Line
+from optim.ranges import check_kind
 from optim.trial import Trial
 
 
@@ -57,6 +58,7 @@ class GaussNewton(Estimator):
         model: the module whose outputs the closure's loss is computed from.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: at the first estimate, the closure does not call the model, or this PyTorch is
             older than 2.5.
 
@@ -71,6 +73,9 @@ class GaussNewton(Estimator):
     """
 
     model: nn.Module = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_kind("model", self.model, nn.Module, "the module that the closure calls")
 
     @property
     def needs_graph(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from curvature import fit
 from optim.estimators.estimator import Estimator
 from optim.line import Estimate, Line
+from optim.ranges import check_count, check_number
 from optim.trial import Trial
 
 _GRID: list[float] = [10.0 ** (k / 2) for k in range(-12, 5)]
@@ -29,7 +30,8 @@ class Probes(Estimator):
             pass.
 
     Raises:
-        ValueError: the points do not determine the polynomial (at the first estimate).
+        TypeError: the points are no numbers.
+        ValueError: the points do not determine the polynomial.
 
     Example:
         >>> import torch
@@ -45,6 +47,21 @@ class Probes(Estimator):
     points: tuple[float, ...] = (-1.0, 1.0)
     degree: int = 2
     exact_slope: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("degree", self.degree, 2)
+        if not isinstance(self.points, (tuple, list)):
+            raise TypeError(f"points is {self.points!r}; give a tuple of numbers, as (-1.0, 1.0)")
+        for point in self.points:
+            check_number("a point", point)
+        telling = {float(p) for p in self.points if math.isfinite(p) and p != 0}
+        unknown = self.degree - self.exact_slope
+        if len(telling) < max(unknown, len(self.points)):
+            raise ValueError(
+                f"points is {self.points}; a polynomial of degree {self.degree} needs at least "
+                f"{unknown} of them here, finite, different, and none of them 0, where the loss "
+                "is known"
+            )
 
     def first_reach(self, trial: Trial, line: Line) -> float:
         """The lowest loss over learning rates from 1e-6 to 1e2 (GeN's appendix C.4.2)."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from optim.line import Estimate, Line
+from optim.ranges import check_kind, check_number
 from optim.rules.lipschitz import Lipschitz
 from optim.rules.rule import Rule, State
 
@@ -23,6 +24,7 @@ class RobbinsMonro(Rule):
         rule: what chooses within them.
 
     Raises:
+        TypeError: an argument is of the wrong kind.
         ValueError: not 0 < low <= high, or delta is not between 1/2 and 1.
 
     Example:
@@ -40,6 +42,9 @@ class RobbinsMonro(Rule):
     rule: Rule = field(default_factory=Lipschitz)
 
     def __post_init__(self) -> None:
+        for name in ("low", "high", "delta"):
+            check_number(name, getattr(self, name))
+        check_kind("rule", self.rule, Rule, "a rule of optim.rules, as Lipschitz()")
         if not 0 < self.low <= self.high < math.inf:
             raise ValueError(f"low is {self.low} and high {self.high}; 0 < low <= high is needed")
         if not 0.5 < self.delta < 1:
