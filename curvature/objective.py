@@ -28,7 +28,7 @@ class Objective:
     Raises:
         TypeError: ``model`` is no module, ``loss`` no function, ``batch`` no pair, or ``params`` no
             mapping.
-        ValueError: the batch is empty.
+        ValueError: the batch is empty, or ``params`` has a name that the model has not.
 
     Example:
         >>> import torch, curvature
@@ -67,6 +67,12 @@ class Objective:
             raise TypeError(
                 f"params is a {type(params).__name__}; pass the model's parameters by name, as "
                 "J.params or dict(model.named_parameters())"
+            )
+        known = {n for n, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        known |= {n for n, _ in self.model.named_parameters(remove_duplicate=False)}
+        if unknown := sorted(params.keys() - known):
+            raise ValueError(
+                f"params names {', '.join(map(repr, unknown))}, which the model does not have"
             )
         args, kwargs = (), {}
         if isinstance(self.inputs, Mapping):

@@ -429,6 +429,11 @@ for _of in ("directional", "hvp", "fit"):
         (TypeError, "(direction|vector) is a NoneType", lambda w: (square, w.p, None)),
         (ValueError, "holds NaN or infinite", lambda w: (square, w.p, w.v * NAN)),
         (
+            ValueError,
+            "params names 'wieght', which the model does not have",
+            lambda w: (w.objective(), {"wieght": w.v}, {"wieght": w.v}),
+        ),
+        (
             curvature.NonFiniteLoss,
             "the loss of 6 of 6 samples is NaN or infinite",
             lambda w: (lambda x: w.losses() * x.sum() * NAN, w.p, w.v),
@@ -512,6 +517,7 @@ for _error, _message, _call in (
         lambda w: curvature.Objective(w.net, square, (w.x[:0], w.y[:0])),
     ),
     (TypeError, "params is a int; pass the model's", lambda w: w.objective()(5)),
+    (ValueError, "'zz', which the model does not have", lambda w: w.objective()({"zz": w.v})),
 ):
     bad("curvature.Objective", _error, _message, lambda w, _, call=_call: call(w))
 for _error, _message, _args, _options in (
