@@ -61,6 +61,8 @@ class Memory(nn.Module):
         """
         check_kind("x", x, Tensor, "a tensor of features")
         check_kind("y", y, Tensor, "a tensor of targets")
+        if y.is_floating_point() or y.is_complex():
+            raise TypeError(f"targets have dtype {y.dtype}; give the numbers of classes, integers")
         capacity, *shape = self.features.shape
         if list(x.shape[1:]) != shape or y.shape != x.shape[:1]:
             raise ValueError(

@@ -402,6 +402,7 @@ for _error, _message, _call in (
     (ValueError, "an entry of features is 0", lambda w: optim.Memory(2, 0)),
     (ValueError, "an entry of features is -1", lambda w: optim.Memory(2, (3, -1))),
     (TypeError, "x is None; give a tensor", lambda w: w.memory(None, w.y)),
+    (TypeError, r"targets have dtype torch\.float32", lambda w: w.memory(w.x[:, :2], w.x[:, 0])),
     (ValueError, r"features of shape \(6, 4\)", lambda w: w.memory(w.x, w.y)),
     (ValueError, r"targets of shape \(3,\) do not fit", lambda w: w.memory(w.x[:, :2], w.y[:3])),
 ):
