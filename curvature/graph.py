@@ -185,6 +185,9 @@ class Graph:
                 waiting += [edge[0] for edge in self.calls[i].inputs if edge is not None]
         return found
 
+    def is_parameter(self, output: Tensor) -> bool:
+        return _edge(output) in self.leaves
+
     def uses(self) -> dict[Edge, int]:
         """How many inputs each edge feeds."""
         counts: dict[Edge, int] = {}

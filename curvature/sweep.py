@@ -151,10 +151,12 @@ class Sweep:
         """The losses' tangent, and v^T G v: the terms of what ``outputs`` do not depend on.
 
         Raises:
-            ValueError: a hook changed the cotangents that this needs.
+            ValueError: a hook changed the cotangents that this needs, or the outputs are others.
         """
         self._need_cotangents()
         model = self._graph.behind(outputs)
+        if not model and not any(self._graph.is_parameter(y) for y in outputs):
+            raise ValueError("the loss was not computed from these outputs, nor they from params")
         slopes, terms = self.adjoint(direction, skip=model)
         return slopes, _total([number for _, _, number in terms], self._losses)
 

@@ -499,6 +499,11 @@ for _error, _message, _ask in (
     (ValueError, "does not depend on any", lambda w, t: t.backward(w.net[0].weight.sum(), [w.p])),
     (TypeError, "outputs must be tensors with a graph", lambda w, t: t.gauss_newton([w.v], None)),
     (TypeError, "outputs must be tensors with a graph", lambda w, t: t.gauss_newton([w.v], w.v)),
+    (
+        ValueError,
+        "was not computed from these outputs",
+        lambda w, t: t.gauss_newton([w.v], w.net[0].weight * 2),
+    ),
 ):
     bad("curvature.Tape", _error, _message, _ask, World.taped)
 bad(
