@@ -60,7 +60,8 @@ def module_calls(
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():
+    # A model that was compiled inside the block keeps this function for good.
+    if torch.compiler.is_compiling() or not _watchers:
         return nn.Module._wrapped_call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
     watchers = list(_watchers)
     for before, _ in watchers:

@@ -162,3 +162,19 @@ def test_a_step_inside_a_compiled_function_is_left_out_of_it(optimizer: str) -> 
     for _ in range(3):
         step()
     assert list(compiled.optimizer.records) == list(plain.optimizer.records)
+
+
+def test_a_model_compiled_inside_a_step_works_after_it() -> None:
+    problem = Problem("GeN", "plain")
+
+    def losses() -> Tensor:
+        if problem.model is problem.net:
+            problem.model = torch.compile(problem.net, backend="aot_eager")
+        return problem.losses()
+
+    problem.optimizer.step(losses)
+    assert problem.model(problem.x).shape == (8, 3)
+    with torch.compiler.set_stance("force_eager"):
+        assert problem.model(problem.x).shape == (8, 3)
+    problem.optimizer.step(losses)
+    assert problem.optimizer.skipped == 0
