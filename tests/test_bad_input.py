@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 
 from curvature import NonFiniteLoss, Objective, Tape, directional, fit, hvp
 from curvature.testing import check_directional, finite_difference
+from optim.groups import check_devices
 
 
 def contents(world: World, given: Any) -> Any:
@@ -56,6 +58,18 @@ def test_is_refused_and_nothing_has_changed(entry: Bad) -> None:
     assert type(caught.value) is entry.error
     after = contents(world, given)
     assert [key for key in before if not same(before[key], after[key])] == []
+
+
+def test_parameters_on_several_devices() -> None:
+    """By stand-ins, since a machine may have but one."""
+    first, second = (
+        SimpleNamespace(is_meta=False, device=torch.device(device), shape=(size,))
+        for device, size in (("cpu", 2), ("cuda:0", 3))
+    )
+    check_devices([{"params": [first]}, {"params": [first]}])
+    message = r"parameter 1 .* \(3,\), is on cuda:0 and parameter 0 .* on cpu; move all parameters"
+    with pytest.raises(TypeError, match=message):
+        check_devices([{"params": [first]}, {"params": [first, second]}])
 
 
 def test_every_public_name_is_in_the_database() -> None:
