@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from optim.ahead import Ahead
+from optim.ranges import check_kind
 from optim.record import Records, StepRecord
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def run(records: Sequence[StepRecord] | str | os.PathLike[str]) -> Figure:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: no records.
+        TypeError, ValueError: no records.
 
     Example:
         >>> import torch
@@ -46,6 +47,10 @@ def run(records: Sequence[StepRecord] | str | os.PathLike[str]) -> Figure:
     """
     if isinstance(records, (str, os.PathLike)):
         records = Records.read(records)
+    check_kind("records", records, Sequence, "the records of a wrapper, or their file")
+    for record in records:
+        if not isinstance(record, StepRecord):
+            raise TypeError(f"records holds a {type(record).__name__}; give optimizer.records")
     records = list(records)
     if not records:
         raise ValueError("there are no records to draw")
@@ -89,6 +94,7 @@ def ahead(seen: Ahead) -> Figure:
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: it is something else.
 
     Example:
         >>> import torch
@@ -99,6 +105,7 @@ def ahead(seen: Ahead) -> Figure:
         >>> figure.axes[0].get_xlabel()
         'step along d'
     """
+    check_kind("seen", seen, Ahead, "what look_ahead returned")
     figure = _figure(6, 4)
     axes = figure.subplots()
     axes.plot(seen.steps, seen.losses, "C0", label="loss")

@@ -97,13 +97,15 @@ class WeightsAndBiases:
 
     Raises:
         ImportError: wandb is not installed.
-        ValueError: no run is active.
+        TypeError, ValueError: no run, or none is active.
 
     Example: ``wandb.init(); optimizer.records = Records(WeightsAndBiases())``.
     """
 
     def __init__(self, run: Any = None, *, prefix: str = "optim/") -> None:
         self._run: Any = _active_run() if run is None else run
+        if not callable(getattr(self._run, "define_metric", None)):
+            raise TypeError(f"run is {run!r}; give what wandb.init returned")
         self._prefix = prefix
         # The caller's own calls of log count steps of their own.
         self._run.define_metric(f"{prefix}*", step_metric=f"{prefix}iteration")

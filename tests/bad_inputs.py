@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 import curvature
 import optim
 from curvature import testing
-from optim import estimators, rules, schedules
+from optim import estimators, plots, rules, schedules, sinks
 
 NAN, INF = math.nan, math.inf
 
@@ -86,6 +86,10 @@ def bad(
     given: Callable[[World], Any] = lambda w: None,
 ) -> None:
     ENTRIES.append(Bad(of, call, error, message, given))
+
+
+def _sgd() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.ones(1))])
 
 
 def square(x: Tensor) -> Tensor:
@@ -248,6 +252,21 @@ for _name in ("Rescaled", "GeN"):
         ),
     ):
         bad(_of, _error, _message, lambda w, o, c=_closure: o.step(c(w)), _wrapped)
+    for _closure, _options, _error, _message in (
+        (lambda w: None, {}, TypeError, "look_ahead needs a closure .* given NoneType"),
+        (lambda w: lambda: w.losses() * NAN, {}, ValueError, "no step lies ahead: the loss"),
+        (lambda w: lambda: None, {}, TypeError, "the loss is a NoneType, not a tensor"),
+        (lambda w: w.losses, {"points": 2}, ValueError, "points is 2"),
+        (lambda w: w.losses, {"reach": 0.0}, ValueError, r"reach is 0\.0"),
+        (lambda w: w.losses, {"reach": "far"}, TypeError, "reach is 'far'"),
+    ):
+        bad(
+            _of,
+            _error,
+            _message,
+            lambda w, o, c=_closure, k=_options: o.look_ahead(c(w), **k),
+            _wrapped,
+        )
 
     def _sparse_layer(w: World, name: str = _name) -> Any:
         w.net = nn.Embedding(3, 2, sparse=True)
@@ -270,7 +289,11 @@ for _name in ("Rescaled", "GeN"):
     ):
         bad(_of, _error, _message, lambda w, o, g=_group: o.add_param_group(g(w)), _wrapped)
     for _state, _error, _message in (
-        (lambda w, o: {}, ValueError, "saved by an optimizer that is not wrapped"),
+        (
+            lambda w, o: {},
+            ValueError,
+            "no state_dict of an optimizer: it lacks",
+        ),
         (lambda w, o: w.base.state_dict(), ValueError, "not wrapped"),
         (
             lambda w, o: {**o.state_dict(), "wrapper": {"kind": type(o).__name__}},
@@ -408,16 +431,51 @@ for _error, _message, _call in (
 ):
     bad("optim.Memory", _error, _message, lambda w, _, call=_call: call(w))
 for _error, _message, _call in (
-    (ValueError, "keep is -1; it must be an integer of at least 0", lambda w: optim.Records(-1)),
-    (ValueError, "keep is 'a'", lambda w: optim.Records("a")),
-    (TypeError, "expected str, bytes or os.PathLike", lambda w: optim.Records(path=1)),
-    (FileNotFoundError, "missing", lambda w: optim.Records(path="missing/records.jsonl")),
+    (
+        ValueError,
+        "keep is -1; it must be an integer of at least 0",
+        lambda w: optim.Records(keep=-1),
+    ),
+    (ValueError, "keep is 'a'", lambda w: optim.Records(keep="a")),
+    (TypeError, "a sink is 'records.jsonl'; give one of", lambda w: optim.Records("records.jsonl")),
     (FileNotFoundError, "missing", lambda w: w.records.write("missing/records.jsonl")),
     (TypeError, "record is 5; give a StepRecord", lambda w: w.records.append(5)),
     (ValueError, "last is -1", lambda w: w.records.descent_share(last=-1)),
     (IndexError, "out of range", lambda w: w.records[0]),
 ):
     bad("optim.Records", _error, _message, lambda w, _, call=_call: call(w))
+for _of, _error, _message, _call in (
+    (
+        "sinks.JsonLines",
+        TypeError,
+        "expected str, bytes or os.PathLike",
+        lambda: sinks.JsonLines(1),
+    ),
+    (
+        "sinks.JsonLines",
+        FileNotFoundError,
+        "missing",
+        lambda: sinks.JsonLines("missing/records.jsonl"),
+    ),
+    ("sinks.TensorBoard", TypeError, "expected str, bytes or", lambda: sinks.TensorBoard(1)),
+    (
+        "sinks.WeightsAndBiases",
+        TypeError,
+        "run is 'mine'; give what wandb.init returned",
+        lambda: sinks.WeightsAndBiases("mine"),
+    ),
+    ("plots.run", ValueError, "there are no records", lambda: plots.run([])),
+    ("plots.run", FileNotFoundError, "missing", lambda: plots.run("missing.jsonl")),
+    ("plots.run", TypeError, "records holds a float", lambda: plots.run([1.0])),
+    ("plots.run", TypeError, r"records is GeN\(SGD", lambda: plots.run(optim.GeN(_sgd()))),
+    (
+        "plots.ahead",
+        TypeError,
+        "seen is <optim.record.Records",
+        lambda: plots.ahead(optim.Records()),
+    ),
+):
+    bad(f"optim.{_of}", _error, _message, lambda w, _, call=_call: call())
 bad("optim.StepRecord", TypeError, "iteration", lambda w, _: optim.StepRecord())
 
 # The verbs of curvature; test_bad_input.py has what all three have in common.
@@ -596,12 +654,12 @@ NOTHING_TO_GET_WRONG = {
 def public_names() -> set[str]:
     """Everything that the two packages offer to be called."""
     names = set()
-    for module in (curvature, testing, optim, estimators, rules, schedules):
+    for module in (curvature, testing, optim, estimators, plots, rules, schedules, sinks):
         listed = getattr(module, "__all__", None) or [
             name
             for name, value in vars(module).items()
             if getattr(value, "__module__", None) == module.__name__ and name[0] != "_"
         ]
         names |= {f"{module.__name__}.{name}" for name in listed}
-    modules = {f"optim.{m}" for m in ("estimators", "rules", "schedules")} | {"curvature.testing"}
-    return names - modules
+    modules = {"estimators", "plots", "rules", "schedules", "sinks"}
+    return names - {f"optim.{m}" for m in modules} - {"curvature.testing"}
