@@ -1,4 +1,4 @@
-"""The precision in which the modules of a closure compute."""
+"""The precision in which the modules of a closure compute, and what autocast remembers of it."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def autocast_noted(params: Iterable[Tensor]) -> Iterator[Precision]:
 
     with module_calls(before=note):
         yield precision
+
+
+def forget_casts() -> None:
+    """Let autocast cast parameters anew.
+
+    Until its outermost region ends it holds what it cast: also where the caller's region surrounds
+    a step, in which parameters move, and with a graph or without, as it was first asked.
+    """
+    torch.clear_autocast_cache()

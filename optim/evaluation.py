@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature import NonFiniteLoss, gradient
-from optim.autocast import autocast_noted
+from optim.autocast import autocast_noted, forget_casts
 from optim.called import Called
 from optim.inner import inner
 from optim.intercept import intercepted
@@ -145,6 +145,7 @@ def differentiated(
         else:
             accumulate(found[0])
 
+    forget_casts()
     with recorder:
         with intercepted(called), autocast_noted(params) as precision:
             result = closure()
@@ -236,6 +237,7 @@ def losses_again(closure: Closure, known: Evaluation) -> Tensor:
         found.append(loss)
         accumulate(known)
 
+    forget_casts()
     with intercepted(called), torch.no_grad(), resharded():
         result = closure()
     return found[0] if found else result

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from curvature import RandomState, SideEffects, uncompiled
 from optim.ahead import Ahead, along
+from optim.autocast import forget_casts
 from optim.called import Called
 from optim.configuration import checked_entry, shapes
 from optim.estimators import Estimator
@@ -204,6 +205,7 @@ class Wrapper(Optimizer):
                     effects.keep()
                 called.note(effects.called)
         finally:
+            forget_casts()
             if record is None or record.skipped is not None:
                 for p, g in zip(params, old_grads, strict=True):
                     p.grad = g

@@ -137,3 +137,15 @@ def test_the_count_of_steady_steps_is_saved() -> None:
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.train(1)
     assert again.get_scale() == 2 * scaler.get_scale()
+
+
+@every_optimizer
+def test_a_step_inside_autocast_sees_the_parameters_move(optimizer: str) -> None:
+    """Whose cache of cast weights outlives an evaluation, of the step and of the caller."""
+    inside, outside = Problem(optimizer, torch.bfloat16), Problem(optimizer, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = inside.train(3)
+        last = inside.losses()
+    assert loss == outside.train(3)
+    assert list(inside.optimizer.records) == list(outside.optimizer.records)
+    assert torch.equal(last, outside.losses())
