@@ -169,7 +169,9 @@ class Wrapper(Optimizer):
         from the curvature: parameters and ``p.grad``, buffers, optimizer and random state are
         then as before the step, and it is counted in ``skipped``, recorded and warned of. If the
         closure raises, likewise, and the exception goes on to the caller. Draw the batch outside
-        the closure: one that draws it from a global generator would draw the same again. What
+        the closure: one that draws it from a global generator would draw the same again. It runs
+        again where a loss ahead is asked for, and what it logs or counts is then logged or counted
+        again: do so after the step, from ``records[-1]`` or what ``step`` returns. What
         the forward pass itself writes to parameters stands (``Embedding`` with ``max_norm``).
 
         Raises:
@@ -355,6 +357,11 @@ def _closures(given: Any, name: str) -> Sequence[Closure]:
     if isinstance(closures, (list, tuple)) and closures and all(map(callable, closures)):
         return closures
     kind = type(given).__name__
+    if given is None:
+        kind = (
+            "none. After a backward outside of the step there is no loss left to look at; a "
+            f"GradScaler, which steps so, goes into {name}(base, scaler=...)"
+        )
     if isinstance(given, (list, tuple)):
         kind = f"a {kind} of {', '.join(type(c).__name__ for c in given) or 'nothing'}"
     raise TypeError(

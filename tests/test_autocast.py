@@ -139,6 +139,19 @@ def test_the_count_of_steady_steps_is_saved() -> None:
     assert again.get_scale() == 2 * scaler.get_scale()
 
 
+@pytest.mark.parametrize("optimizer", ["jet", "GeN"])
+def test_a_scaler_that_steps_by_itself_is_told_where_it_belongs(optimizer: str) -> None:
+    problem, scaler = Problem(optimizer, torch.float16), GradScaler("cpu")
+    scaler.scale(problem.losses().mean()).backward()
+    grads = [p.grad.clone() for p in problem.model.parameters()]
+    with pytest.raises(
+        TypeError, match=r"GradScaler, which steps so, goes into \w+\(base, scaler="
+    ):
+        scaler.step(problem.optimizer)
+    for p, g in zip(problem.model.parameters(), grads, strict=True):
+        assert torch.equal(p.grad, g / scaler.get_scale())
+
+
 @every_optimizer
 def test_a_step_inside_autocast_sees_the_parameters_move(optimizer: str) -> None:
     """Whose cache of cast weights outlives an evaluation, of the step and of the caller."""
