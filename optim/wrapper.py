@@ -360,7 +360,7 @@ def _closures(given: Any, name: str) -> Sequence[Closure]:
     if given is None:
         kind = (
             "none. After a backward outside of the step there is no loss left to look at; a "
-            f"GradScaler, which steps so, goes into {name}(base, scaler=...)"
+            f"GradScaler, which steps so, goes into {name.partition('.')[0]}(base, scaler=...)"
         )
     if isinstance(given, (list, tuple)):
         kind = f"a {kind} of {', '.join(type(c).__name__ for c in given) or 'nothing'}"

@@ -227,7 +227,7 @@ for _name in ("Rescaled", "GeN"):
         return w.wrapped(name)
 
     for _closure, _error, _message in (
-        (lambda w: None, TypeError, "needs a closure .* given NoneType"),
+        (lambda w: None, TypeError, "needs a closure .* given none"),
         (lambda w: w.p.sum(), TypeError, "needs a closure .* given Tensor"),
         (lambda w: [], TypeError, "a list of nothing"),
         (lambda w: [w.losses, 3], TypeError, "a list of method, int"),
@@ -253,7 +253,7 @@ for _name in ("Rescaled", "GeN"):
     ):
         bad(_of, _error, _message, lambda w, o, c=_closure: o.step(c(w)), _wrapped)
     for _closure, _options, _error, _message in (
-        (lambda w: None, {}, TypeError, "look_ahead needs a closure .* given NoneType"),
+        (lambda w: None, {}, TypeError, "look_ahead needs a closure .* given none"),
         (lambda w: lambda: w.losses() * NAN, {}, ValueError, "no step lies ahead: the loss"),
         (lambda w: lambda: None, {}, TypeError, "the loss is a NoneType, not a tensor"),
         (lambda w: w.losses, {"points": 2}, ValueError, "points is 2"),
