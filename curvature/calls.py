@@ -1,4 +1,4 @@
-"""Sees every call of a module, where torch's own hooks would make compiled models compile anew."""
+"""Hears of every call of a module, without making compiled models compile anew."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from curvature.arguments import check_callable
 
@@ -28,9 +32,10 @@ def module_calls(
 ) -> Iterator[None]:
     """Inside, hear of each module before it is called, and after, also if it raises.
 
-    Like ``torch.nn.modules.module.register_module_forward_hook``. But code that
-    ``torch.compile`` has made checks which hooks there were, so that one that comes and goes makes
-    it compile at every call; here it sees none. Of compiled code the outermost module is heard.
+    By ``torch.nn.modules.module.register_module_forward_hook``, unless ``torch.compile`` was used:
+    the code that it has made checks which hooks there were, so that one that comes and goes makes
+    it compile at every call. Then calls are heard at ``torch.nn.Module.__call__``, where that code
+    does not look. Of compiled code the outermost module is heard.
 
     Example:
         >>> import torch
@@ -43,12 +48,44 @@ def module_calls(
     """
     check_callable("before", before)
     check_callable("after", after)
-    watcher = before, after
+    with _patched((before, after)) if _something_compiled() else _hooked((before, after)):
+        yield
+
+
+def _something_compiled() -> bool:
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return bool(getattr(torch._dynamo.eval_frame, "cached_backends", True))
+
+
+@contextmanager
+def _hooked(watcher: _Watcher) -> Iterator[None]:
+    before, after = watcher
+
+    def at_start(module: nn.Module, _: Any) -> None:
+        before(module)
+
+    def at_end(module: nn.Module, *_: Any) -> None:
+        after(module)
+
+    handles = [
+        register_module_forward_pre_hook(at_start),
+        register_module_forward_hook(at_end, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _patched(watcher: _Watcher) -> Iterator[None]:
+    # A class that changes empties the caches of all its subclasses, which hooks do not.
     if not _watchers:
         _originals.append(nn.Module.__call__)
-        if "torch._dynamo" in sys.modules:
-            # The compiler passes over the function that it stands for, too.
-            torch._dynamo.eval_frame.skip_code(_call.__code__)
+        # The compiler passes over the function that this one stands for, too.
+        torch._dynamo.eval_frame.skip_code(_call.__code__)
         nn.Module.__call__ = _call  # type: ignore[method-assign]
     _watchers.append(watcher)
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import curvature
+from curvature import calls, module_calls
 from optim import GeN, Rescaled
 from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
 
@@ -164,6 +165,8 @@ def test_a_step_inside_a_compiled_function_is_left_out_of_it(optimizer: str) -> 
     assert list(compiled.optimizer.records) == list(plain.optimizer.records)
 
 
+# Torch sees that hooks are on when it is first asked to compile.
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
 def test_a_model_compiled_inside_a_step_works_after_it() -> None:
     problem = Problem("GeN", "plain")
 
@@ -178,3 +181,25 @@ def test_a_model_compiled_inside_a_step_works_after_it() -> None:
         assert problem.model(problem.x).shape == (8, 3)
     problem.optimizer.step(losses)
     assert problem.optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_calls_are_heard_and_what_is_heard_changes_nothing(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hooks, which could replace inputs and outputs by what they return, and without."""
+    monkeypatch.setattr(calls, "_something_compiled", lambda: compiled)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    x, heard = torch.ones(1, 2), []
+    plain = net(x)
+    with (
+        module_calls(lambda m: heard.append(f"+{type(m).__name__}") or False),
+        module_calls(after=lambda m: heard.append(f"-{type(m).__name__}") or x),
+    ):
+        assert torch.equal(net(x), plain)
+        with pytest.raises(RuntimeError):
+            net(torch.ones(1, 3))
+    names = ["+Sequential", "+Linear", "-Linear", "+Tanh", "-Tanh", "-Sequential"]
+    assert heard == [*names, "+Sequential", "+Linear", "-Linear", "-Sequential"]
+    net(x)
+    assert len(heard) == 10
