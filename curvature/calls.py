@@ -55,7 +55,9 @@ def module_calls(
 def _something_compiled() -> bool:
     if "torch._dynamo" not in sys.modules:
         return False
-    return bool(getattr(torch._dynamo.eval_frame, "cached_backends", True))
+    # What is kept from being compiled has None for a backend here.
+    backends = getattr(torch._dynamo.eval_frame, "cached_backends", {"unknown": True})
+    return any(backend is not None for backend in backends.values())
 
 
 @contextmanager

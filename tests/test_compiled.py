@@ -203,3 +203,11 @@ def test_calls_are_heard_and_what_is_heard_changes_nothing(
     assert heard == [*names, "+Sequential", "+Linear", "-Linear", "-Sequential"]
     net(x)
     assert len(heard) == 10
+
+
+def test_hooks_serve_until_something_is_compiled() -> None:
+    problem = Problem("GeN", "plain")
+    problem.optimizer.step(problem.losses)  # which is itself kept from being compiled
+    assert not calls._something_compiled()
+    torch.compile(nn.Linear(2, 2), backend="eager")
+    assert calls._something_compiled()
