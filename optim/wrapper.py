@@ -166,13 +166,14 @@ class Wrapper(Optimizer):
             gradient of the mean, as clipped.
 
         A step is skipped if a loss or gradient is NaN or infinite, or if no step length follows
-        from the curvature: parameters and ``p.grad``, buffers, optimizer and random state are
-        then as before the step, and it is counted in ``skipped``, recorded and warned of. If the
-        closure raises, likewise, and the exception goes on to the caller. Draw the batch outside
-        the closure: one that draws it from a global generator would draw the same again. It runs
-        again where a loss ahead is asked for, and what it logs or counts is then logged or counted
-        again: do so after the step, from ``records[-1]`` or what ``step`` returns. What
-        the forward pass itself writes to parameters stands (``Embedding`` with ``max_norm``).
+        from the curvature: parameters, buffers, optimizer and random state are then as before the
+        step, and it is counted in ``skipped``, recorded and warned of. If the closure raises,
+        likewise, and the exception goes on to the caller. ``p.grad`` is then empty where the last
+        step had left it, and the caller's own where it was. Draw the batch outside the closure: one
+        that draws it from a global generator would draw the same again. It runs again where a loss
+        ahead is asked for, and what it logs or counts is then logged or counted again: do so after
+        the step, from ``records[-1]`` or what ``step`` returns. What the forward pass itself writes
+        to parameters stands (``Embedding`` with ``max_norm``).
 
         Raises:
             TypeError, ValueError: no closure, it gave no usable loss, or the base's step is not
@@ -193,6 +194,8 @@ class Wrapper(Optimizer):
         for group in self.param_groups:
             check_rate(group)
         params = [p for group in self.param_groups for p in group["params"]]
+        # At once: while they are held, the pass to come needs as much memory again.
+        self._left_grads.clear(params)
         old_grads = [p.grad for p in params]
         due = self.stepper.due(self.iteration + 1)
         called = self._setting.called
@@ -200,7 +203,6 @@ class Wrapper(Optimizer):
         plainly = (due and self.stepper.estimator.needs_graph) or not called.known
         record = None
         try:
-            self._left_grads.clear(params)
             with uncompiled() if plainly else nullcontext(), SideEffects(called) as effects:
                 found, record = self._attempt(closures, params, effects.random, due)
                 if record.skipped is None:
