@@ -116,7 +116,8 @@ def ahead(seen: Ahead) -> Figure:
     low, high = min(finite), max(finite)
     # A loss that explodes beyond the step must not flatten all the rest.
     high = min(high, low + 3 * (max(seen.parabola) - low))
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    if high > low:  # at a minimum all may be the same to rounding
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set(xlabel="step along d", ylabel="loss")
     axes.locator_params(axis="x", nbins=6)
     axes.legend(fontsize="small")

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from curvature import directional
 from optim import GeN, INNAprop, Records, Rescaled, StepRecord, plots
+from optim.ahead import Ahead
 from optim.rules import Lyapunov
 
 F64 = torch.float64
@@ -163,6 +164,13 @@ def test_a_picture_of_what_lies_ahead() -> None:
     assert list(parabola.get_ydata()) == seen.parabola
     assert list(step.get_xdata()) == [seen.step] * 2
     assert list(here.get_ydata()) == [seen.value]
+
+
+def test_a_picture_of_a_loss_that_is_flat() -> None:
+    seen = Ahead([-1.0, 0.0, 1.0], [2.0] * 3, value=2.0, slope=0.0, curvature=0.0, step=0.5)
+    (axes,) = plots.ahead(seen).axes
+    low, high = axes.get_ylim()
+    assert low < 2.0 < high
 
 
 def test_a_picture_of_a_run(tmp_path: Any) -> None:
