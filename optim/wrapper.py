@@ -255,14 +255,17 @@ class Wrapper(Optimizer):
         check_positive("reach", reach)
         closures = _closures(closure, f"{type(self).__name__}.look_ahead")
         params = [p for group in self.param_groups for p in group["params"]]
-        with uncompiled(), without_grads(params), SideEffects() as effects:
-            found = evaluate(closures, self.stepper.estimator.recorder, params, self._setting)
-            if found.unusable is not None:
-                raise ValueError(f"no step lies ahead: {found.unusable}")
-            penalty = penalty_of(self.base, found.params)
-            trial = Trial(closures, self._setting, effects.random, found, penalty, [])
-            plan = self.stepper.ahead(self.iteration + 1, trial)
-            return along(plan, points=points, reach=reach)
+        try:
+            with uncompiled(), without_grads(params), SideEffects() as effects:
+                found = evaluate(closures, self.stepper.estimator.recorder, params, self._setting)
+                if found.unusable is not None:
+                    raise ValueError(f"no step lies ahead: {found.unusable}")
+                penalty = penalty_of(self.base, found.params)
+                trial = Trial(closures, self._setting, effects.random, found, penalty, [])
+                plan = self.stepper.ahead(self.iteration + 1, trial)
+                return along(plan, points=points, reach=reach)
+        finally:
+            forget_casts()
 
     def _attempt(
         self, closures: Sequence[Closure], params: list[Tensor], random: RandomState, due: bool

@@ -136,6 +136,15 @@ def test_closures_of_every_kind_look_the_same(wrapper: str) -> None:
     )
 
 
+def test_no_cast_of_a_parameter_ahead_is_left_behind() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(8, 4)
+    optimizer = GeN(torch.optim.SGD(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        optimizer.look_ahead(lambda: model(x).square().mean(), points=3)
+        assert torch.equal(model(x), expected)
+
+
 def test_no_step_no_picture() -> None:
     x = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = GeN(torch.optim.SGD([x]))
