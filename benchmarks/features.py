@@ -5,13 +5,15 @@
 Trains a small network by each estimator with each feature and compares value, slope and curvature
 of every step with those of a plain float64 function of the parameters, and the step with that of
 the base optimizer. Exits with an error where one differs, or where something is refused that
-FEATURES holds for served, or the other way round. tests/test_features.py runs the same.
+FEATURES holds for served, or the other way round. tests/test_features.py runs each cell around one
+of the base optimizers.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -38,8 +40,8 @@ from optim.estimators import (
 
 HEADING = """# Features
 
-Printed by `python benchmarks/features.py`, which trains a small network in each way, three steps a
-cell around SGD with momentum, AdamW, RMSprop and INNAprop in turn. It compares value, slope and
+Printed by `python benchmarks/features.py`, which trains a small network in each way, three steps
+around each of SGD with momentum, AdamW, RMSprop and INNAprop. It compares value, slope and
 curvature of every step with a float64 function of the parameters that knows nothing of the feature
 (under autocast to a few percent), and parameters, buffers and random state with those of the base
 optimizer at the step taken. The first six columns are `Rescaled(base, estimator=...)`."""
@@ -70,12 +72,12 @@ COLUMNS: dict[str, Callable[..., Any]] = {
     ),
     "`GeN`": lambda model, base, **k: GeN(base, phi=1, **k),
 }
-BASES: list[Callable[[Any], torch.optim.Optimizer]] = [
-    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0),
-    lambda p: torch.optim.RMSprop(p, lr=0.1),
-    lambda p: INNAprop(p, lr=0.1, weight_decay=0.0),
-]
+BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1),
+    "INNAprop": lambda p: INNAprop(p, lr=0.1, weight_decay=0.0),
+}
 
 
 class Net(nn.Module):
@@ -389,7 +391,7 @@ class Spy(Estimator):
 class Case:
     """A network that is trained with a feature by an estimator, and a plain copy beside it."""
 
-    def __init__(self, name: str, column: str) -> None:
+    def __init__(self, name: str, column: str, base: str) -> None:
         torch.manual_seed(0)
         self.column = column
         self.feature = feature = FEATURES[name]
@@ -399,10 +401,9 @@ class Case:
         if feature.dtype != F64:
             feature.called(self.same)
         self.x, self.y = torch.randn(9, 4, dtype=feature.dtype), torch.randint(3, (9,))
-        default = BASES[(list(FEATURES).index(name) + list(COLUMNS).index(column)) % len(BASES)]
         model = feature.called(self.net)
-        base = feature.base(feature.groups(self.net), default)
-        self.optimizer = COLUMNS[column](model, base, checked=0, **feature.options())
+        wrapped = feature.base(feature.groups(self.net), BASES[base])
+        self.optimizer = COLUMNS[column](model, wrapped, checked=0, **feature.options())
         self.after_step = feature.attach(self.optimizer)
         self.spy = Spy(self.optimizer.stepper.estimator)
         self.optimizer.stepper.estimator = self.spy
@@ -410,7 +411,7 @@ class Case:
             feature.closure(lambda r=rows: self.losses(model, r), self.optimizer)
             for rows in feature.parts()
         ]
-        self.twin = feature.base(feature.groups(self.plain), default)
+        self.twin = feature.base(feature.groups(self.plain), BASES[base])
 
     def losses(self, call: Callable[[Tensor], Tensor], rows: slice) -> Tensor:
         return F.cross_entropy(call(self.x[rows]), self.y[rows], reduction="none")
@@ -582,14 +583,14 @@ def _compare(name: str, found: Any, expected: Any, rtol: float, size: float = 0.
         raise Wrong(f"{name}: {a.flatten()[:5].tolist()} instead of {b.flatten()[:5].tolist()}")
 
 
-def run(name: str, column: str) -> str | None:
+def run(name: str, column: str, base: str) -> str | None:
     """Train a little; None if every number was right, or the refusal.
 
     Raises:
         Wrong: one was not.
     """
     try:
-        case = Case(name, column)
+        case = Case(name, column, base)
         for _ in range(STEPS):
             case.step()
     except (TypeError, ValueError, RuntimeError) as refusal:
@@ -597,16 +598,23 @@ def run(name: str, column: str) -> str | None:
     return None
 
 
-def surprise(name: str, column: str) -> str | None:
+def surprise(name: str, column: str, base: str) -> str | None:
     """What is not as FEATURES has it."""
+    cell = f"{name}, {column}, {base}"
     expected = FEATURES[name].refused.get(column)
     try:
-        found = run(name, column)
+        found = run(name, column, base)
     except Wrong as error:
-        return f"{name}, {column}: {error}"
+        return f"{cell}: {error}"
     if (expected is None) == (found is None) and (found is None or expected in found):
         return None
-    return f"{name}, {column}: refused: {found}" if found else f"{name}, {column} is served"
+    return f"{cell}: refused: {found}" if found else f"{cell} is served"
+
+
+def one_base(name: str, column: str) -> str:
+    """Another from cell to cell."""
+    k = list(FEATURES).index(name) + list(COLUMNS).index(column)
+    return list(BASES)[k % len(BASES)]
 
 
 def as_markdown() -> str:
@@ -630,14 +638,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/features.md"))
     args = parser.parse_args()
-    surprises = [
-        text for name in FEATURES for column in COLUMNS if (text := surprise(name, column))
-    ]
+    cells = itertools.product(FEATURES, COLUMNS, BASES)
+    surprises = [text for cell in cells if (text := surprise(*cell))]
     for text in surprises:
         print("WRONG", text)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(as_markdown(), encoding="utf-8")
-    print(f"{len(FEATURES)} features, {len(COLUMNS)} columns: {args.out}")
+    print(f"{len(FEATURES)} features, {len(COLUMNS)} columns, {len(BASES)} bases: {args.out}")
     return 1 if surprises else 0
 
 
