@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
@@ -52,6 +53,14 @@ def _cuda_in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
+class _Calls(threading.local):
+    """Of modules, that a thread is in: how many, and the buffers before the outermost."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.slots: dict[tuple[nn.Module, str], Tensor | None] = {}
+
+
 class SideEffects:
     """A block whose random numbers and module buffers are as before it, unless kept.
 
@@ -84,9 +93,8 @@ class SideEffects:
         self._at_start: dict[tuple[nn.Module, str], Tensor | None] = {}
         self.called: set[nn.Module] = set()
         self._contents: dict[int, tuple[Tensor, Tensor]] = {}
-        self._before_call: dict[tuple[nn.Module, str], Tensor | None] = {}
         self._rebound: dict[tuple[nn.Module, str, int], tuple[Tensor | None, Any]] = {}
-        self._depth = 0
+        self._calls = _Calls()
         self._kept = False
 
     def __enter__(self) -> SideEffects:
@@ -109,7 +117,7 @@ class SideEffects:
             self.random.restore()
         self._at_start.clear()
         self._contents.clear()
-        self._before_call.clear()
+        self._calls = _Calls()
         self._rebound.clear()
 
     def keep(self) -> None:
@@ -127,11 +135,11 @@ class SideEffects:
         self._kept = True
 
     def _before(self, module: nn.Module) -> None:
-        if self._depth == 0:
+        if self._calls.depth == 0:
             self.called.add(module)
-            self._before_call = dict(_buffers(module))
-            self._copy(self._before_call.values())
-        self._depth += 1
+            self._calls.slots = dict(_buffers(module))
+            self._copy(self._calls.slots.values())
+        self._calls.depth += 1
 
     def _copy(self, buffers: Iterable[Tensor | None]) -> None:
         for buffer in buffers:
@@ -141,10 +149,12 @@ class SideEffects:
                 self._contents[id(buffer)] = buffer, buffer.detach().clone()
 
     def _after(self, module: nn.Module) -> None:
-        self._depth -= 1
-        if self._depth == 0:
+        if self._calls.depth == 0:
+            return  # it was called before the block, by another thread
+        self._calls.depth -= 1
+        if self._calls.depth == 0:
             for slot, buffer in _buffers(module):
-                before = self._before_call.get(slot, _NEW)
+                before = self._calls.slots.get(slot, _NEW)
                 if buffer is not before:
                     first = self._rebound.get((*slot, id(before)), (before, before))[1]
                     self._rebound[(*slot, id(buffer))] = buffer, first

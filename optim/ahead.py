@@ -19,7 +19,7 @@ class Ahead:
         value: the loss at theta.
         slope: <d, g>, or what the estimator fits for it.
         curvature: d^T H d, as estimated.
-        step: the one that would be taken.
+        step: the one that would be taken, by this curvature.
 
     Example: see :meth:`optim.GeN.look_ahead`.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -152,7 +153,20 @@ def differentiated(
         if not found:
             return replace(_backward(result, recorder, params, setting), eps=precision.eps)
     result = result.detach() if isinstance(result, Tensor) else result
+    _check_unscaled(result, found[0].losses)
     return replace(found[0], result=result, eps=precision.eps, accumulated=True)
+
+
+def _check_unscaled(result: Any, loss: Tensor) -> None:
+    """Refuse a loss that a GradScaler of the closure has multiplied."""
+    if isinstance(result, Tensor) and result.numel() == loss.numel() == 1 and result.item() != 0:
+        scale = loss.item() / result.item()
+        if scale >= 2**8 and math.log2(scale).is_integer():
+            raise ValueError(
+                f"the closure calls backward on {scale:.0f} times the loss that it returns, as a "
+                "GradScaler does; give the scaler to the wrapper, scaler=, and leave it out of the "
+                "closure"
+            )
 
 
 def _backward(

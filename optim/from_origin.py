@@ -55,6 +55,10 @@ class FromOrigin(OnTwins):
                 group["weight_decay"] = decay
         return twins
 
+    def _writes_gradients(self) -> bool:
+        # As nesterov momentum does where several tensors are stepped at once.
+        return any(group.get("nesterov") for group in self._base.param_groups)
+
 
 def _is_plain(group: dict[str, Any], ratio: float) -> bool:
     """Whether gradient descent has the gradient itself for d, and no state."""

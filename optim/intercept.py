@@ -10,35 +10,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_Handle = Callable[[Tensor], None]
+_handles: dict[int, _Handle] = {}  # by thread
+_originals: list[Callable[..., None]] = []
+_lock = threading.Lock()
+
 
 @contextmanager
-def intercepted(handle: Callable[[Tensor], None]) -> Iterator[None]:
+def intercepted(handle: _Handle) -> Iterator[None]:
     """Inside, a loss on which this thread calls ``backward`` goes to ``handle`` instead.
 
     Raises:
         ValueError: ``backward`` is called in a way that leaves open what the loss is.
     """
-    original = torch.autograd.backward
+    with _handled_by(handle):
+        yield
+
+
+@contextmanager
+def _handled_by(handle: _Handle | None) -> Iterator[None]:
+    """Inside, this thread has this handle, or none."""
     thread = threading.get_ident()
-
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        if threading.get_ident() != thread:
-            original(tensors, *args, **kwargs)
-            return
-        loss = _loss(tensors, *args, **kwargs)
-        # Handling it may need the real one.
-        torch.autograd.backward = original
-        try:
-            handle(loss)
-        finally:
-            torch.autograd.backward = backward
-
-    # Tensor.backward calls it too; a mode of torch's would be seen by compiled models.
-    torch.autograd.backward = backward
+    outer = _handles.get(thread)
+    _set(thread, handle)
     try:
         yield
     finally:
-        torch.autograd.backward = original
+        _set(thread, outer)
+
+
+def _set(thread: int, handle: _Handle | None) -> None:
+    # Several threads may train at once, and end in any order.
+    with _lock:
+        _handles.pop(thread, None)
+        if handle is not None:
+            _handles[thread] = handle
+        if _handles and not _originals:
+            # Tensor.backward calls it too; a mode of torch's would be seen by compiled models.
+            _originals.append(torch.autograd.backward)
+            torch.autograd.backward = _backward
+        elif _originals and not _handles:
+            torch.autograd.backward = _originals.pop()
+
+
+def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    handle = _handles.get(threading.get_ident())
+    if handle is None:
+        with _lock:
+            original = _originals[0] if _originals else torch.autograd.backward
+        original(tensors, *args, **kwargs)
+        return
+    loss = _loss(tensors, *args, **kwargs)
+    # Handling it may need the real one.
+    with _handled_by(None):
+        handle(loss)
 
 
 def _loss(

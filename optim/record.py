@@ -71,7 +71,8 @@ class Records(Sequence[StepRecord]):
 
     Args:
         sinks: to which each record is handed as it comes, of :mod:`optim.sinks`: ``JsonLines``,
-            ``TensorBoard``, ``WeightsAndBiases``, or anything with a ``write(record)``.
+            ``TensorBoard``, ``WeightsAndBiases``, or anything with a ``write(record)``. What one
+            raises ``step`` raises, after the step was taken.
         keep: how many to hold; older ones are dropped, so that a long run does not grow. None
             holds all.
 
@@ -151,7 +152,7 @@ class Records(Sequence[StepRecord]):
         """All records of a file of JSON lines.
 
         Where iterations start over, as those of a run that goes on from a checkpoint, they take
-        the place of the earlier ones.
+        the place of the earlier ones. A last line that is half written is left out.
 
         Raises:
             ValueError: a line holds no record.
@@ -170,6 +171,8 @@ class Records(Sequence[StepRecord]):
         held = records._records
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
+                if not line.endswith("\n"):
+                    break  # half written by a run that was killed, or is running
                 record = _parsed(line, f"{os.fspath(path)}, line {number}")
                 while held and held[-1].iteration >= record.iteration:
                     held.pop()

@@ -25,6 +25,7 @@ class JsonLines:
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: it ends in something else than a record.
 
     Example:
         >>> import tempfile
@@ -35,13 +36,18 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.fspath(path)  # open takes numbers too, for files that are open already
+        # Where the process may go to another folder, and open takes numbers too.
+        self._path = os.path.abspath(os.fspath(path))
         # A path that cannot be written must fail now, not after a step.
-        with open(path, "ab+") as file:
+        with open(self._path, "ab+") as file:
             size = file.tell()
             file.seek(max(0, size - _LINE))
             tail = file.read()
-            file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+            rest = tail[tail.rfind(b"\n") + 1 :]
+            start = b'{"iteration": '
+            if rest[: len(start)] != start[: len(rest)]:
+                raise ValueError(f"{self._path} ends in something else than records of steps")
+            file.truncate(size - len(rest))
 
     def write(self, record: StepRecord) -> None:
         with open(self._path, "a", encoding="utf-8") as file:

@@ -167,8 +167,12 @@ class Stepper:
             # Also of a parameter that is frozen by now: the base would go on along the last one.
             for p in (p for group in self.base.param_groups for p in group["params"]):
                 p.grad = None
+            taken: set[int] = set()
             for p, g in zip(found.params, found.grads, strict=True):
-                p.grad = g if g is None or self.clip is None else g.clone()
+                # As backward leaves them: each in memory of its own, to be written to.
+                alone = g is None or (g.data_ptr() not in taken and 0 not in g.stride())
+                taken |= set() if g is None else {g.data_ptr()}
+                p.grad = g if g is None or (alone and self.clip is None) else _copied(g)
         if self.clip is not None:
             self.clip([p for p in found.params if p.grad is not None])
 
@@ -191,6 +195,12 @@ class Stepper:
         if self.length:
             return self.length / math.sqrt(line.squared_norm)
         return self.estimator.first_reach(trial, line)
+
+
+def _copied(g: Tensor) -> Tensor:
+    return g.clone(
+        memory_format=torch.contiguous_format if 0 in g.stride() else torch.preserve_format
+    )
 
 
 def _shortened(trial: Trial, line: Line, step: float) -> float:

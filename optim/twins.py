@@ -42,9 +42,15 @@ class OnTwins(ABC):
         return math.inf
 
     def _grads(self) -> dict[Tensor, Tensor]:
-        """The gradient of each parameter that has one."""
+        """The gradient of each parameter that has one, for the base's step to take."""
         params = (p for group in self._base.param_groups for p in group["params"])
-        return {p: p.grad for p in params if p.grad is not None}
+        known = {p: p.grad for p in params if p.grad is not None}
+        # The slope is still to be taken from them.
+        return {p: g.clone() for p, g in known.items()} if self._writes_gradients() else known
+
+    def _writes_gradients(self) -> bool:
+        """Whether the base's step may write to the gradients."""
+        return True
 
     def _step(
         self, twins: dict[Tensor, Tensor], grads: dict[Tensor, Tensor], rates: Sequence[float]

@@ -216,14 +216,14 @@ class Wrapper(Optimizer):
             else:
                 self._left_grads.note(params)
         self.iteration = record.iteration
+        self.skipped += record.skipped is not None
         self.records.append(record)
-        if record.skipped is not None:
-            self.skipped += 1
-            # A loss scale finds its place by overflows.
-            if not (record.skipped == _OVERFLOW and self._setting.loss_scale.used):
-                message = f"step {record.iteration} skipped, nothing changed: {record.skipped}"
-                # Above are the frames of torch's two decorators.
-                warnings.warn(message, RuntimeWarning, stacklevel=5)
+        # A loss scale finds its place by overflows.
+        expected = record.skipped == _OVERFLOW and self._setting.loss_scale.used
+        if record.skipped is not None and not expected:
+            message = f"step {record.iteration} skipped, nothing changed: {record.skipped}"
+            # Above are the frames of torch's two decorators.
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
         return found.result
 
     def look_ahead(
@@ -231,7 +231,9 @@ class Wrapper(Optimizer):
     ) -> Ahead:
         """The loss along the step that ``step(closure)`` would take, without taking it.
 
-        Nothing is changed by it: for :func:`optim.plots.ahead`, in the middle of a training.
+        Nothing is changed by it: for :func:`optim.plots.ahead`, in the middle of a training. It
+        takes an estimate of its own; where ``step`` would go by an older one, as GeN does at seven
+        of eight steps, the step shown is the one that a new estimate would make.
 
         Args:
             closure: as for :meth:`step`; a whole batch, for the picture to be of use.

@@ -43,6 +43,7 @@ class World:
         """A wrapper that has taken a step; made once, before the call that is refused."""
         optimizer = getattr(optim, wrapper)(self.base)
         optimizer.step(self.losses)
+        optimizer.zero_grad()  # the next step would drop its gradients, also if it fails
         return optimizer
 
     def taped(self, *, backward: bool = True) -> Any:

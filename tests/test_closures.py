@@ -289,3 +289,65 @@ def test_other_threads_keep_their_backward() -> None:
     assert found == [torch.tensor(5.0)]
     x.sum().backward()
     assert x.grad == 4
+
+
+def test_a_scaler_inside_the_closure_is_told_where_it_belongs() -> None:
+    problem = Problem("GeN")
+    before = problem.values()
+
+    def scaled() -> Tensor:
+        loss = problem.losses(0).mean()
+        (loss * 2.0**16).backward()
+        return loss
+
+    with pytest.raises(ValueError, match=r"65536 times the loss .* scaler="):
+        problem.optimizer.step(scaled)
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+
+
+def test_threads_may_train_at_once() -> None:
+    """Whose steps begin and end in any order."""
+    original = torch.autograd.backward
+    inside, left = threading.Event(), threading.Event()
+    values = []
+
+    def train(first: bool) -> None:
+        x = nn.Parameter(torch.tensor([1.0]))
+        optimizer = GeN(torch.optim.SGD([x]), checked=0)
+
+        def closure() -> Tensor:
+            if first and not inside.is_set():
+                inside.set()
+                assert left.wait(10)
+            if not first:
+                assert inside.wait(10)
+            loss = (x - 3).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        if not first:
+            left.set()
+        values.append(optimizer.records[-1].slope)
+
+    threads = [threading.Thread(target=train, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert values == [16.0, 16.0]
+    assert torch.autograd.backward is original
+
+
+def test_gradients_are_left_in_memory_of_their_own() -> None:
+    """Autograd gives one tensor for both summands, and an expanded one for a sum."""
+    a, b, c = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    optimizer = GeN(torch.optim.SGD([a, b, c]))
+    optimizer.step(lambda: (a + b).square().sum() + c.sum())
+    pointers = {p.grad.data_ptr() for p in (a, b, c) if p.grad is not None}
+    assert len(pointers) == 3
+    for p in (a, b, c):
+        assert p.grad is not None
+        assert p.grad.stride() == (1,)
+    assert torch.equal(a.grad, b.grad)

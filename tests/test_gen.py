@@ -218,6 +218,7 @@ def test_a_failing_probe_changes_nothing() -> None:
     base = torch.optim.SGD(model.parameters(), momentum=0.9)
     optimizer = gen_published(base, eta=0.1, phi=2)
     optimizer.step(closure)
+    optimizer.zero_grad()
     pointers = [p.data_ptr() for p in model.parameters()]
 
     def snapshot() -> tuple:

@@ -56,8 +56,7 @@ def test_a_line_half_written_is_cut_off(tmp_path: Path) -> None:
     JsonLines(path).write(StepRecord(1, 2.5))
     with path.open("a") as file:
         file.write('{"iteration": 2, "val')
-    with pytest.raises(ValueError, match=r"records\.jsonl, line 2: no JSON object"):
-        Records.read(path)
+    assert [record.value for record in Records.read(path)] == [2.5]
     JsonLines(path).write(StepRecord(2, 2.25))
     assert [record.value for record in Records.read(path)] == [2.5, 2.25]
 
@@ -82,11 +81,44 @@ def test_a_run_that_goes_on_from_a_checkpoint_takes_the_place_of_what_followed(
     assert read[-1] == optimizer.records[2] == other.records[0]
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"value": 1.0}', '{"iteration": 1, "loss": 1.0}'])
+@pytest.mark.parametrize("content", ['{"important": 1}', "x" * 9000, "1\n2"])
+def test_a_file_of_something_else_is_left_as_it_was(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="ends in something else than records"):
+        JsonLines(path)
+    assert path.read_text() == content
+
+
+def test_the_file_stays_where_it_was_when_the_process_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sink = JsonLines("records.jsonl")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    sink.write(StepRecord(1, 2.5))
+    assert iterations(tmp_path / "records.jsonl") == [1]
+
+
+def test_a_sink_that_fails_loses_no_count() -> None:
+    class Full:
+        def write(self, record: StepRecord) -> None:
+            raise OSError("no space left")
+
+    x = nn.Parameter(torch.tensor([1.0]))
+    optimizer = GeN(torch.optim.SGD([x]))
+    optimizer.records = Records(Full())
+    with pytest.raises(OSError, match="no space left"):
+        optimizer.step(lambda: x.sum() * torch.nan)
+    assert (optimizer.iteration, optimizer.skipped, len(optimizer.records)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("line", ["[1]", "{1", '{"value": 1.0}', '{"iteration": 1, "loss": 1.0}'])
 def test_other_lines_are_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(ValueError, match="line 1: no record of a step"):
+    with pytest.raises(ValueError, match=r"line 1: no (record of a step|JSON object)"):
         Records.read(path)
 
 

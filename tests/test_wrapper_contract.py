@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -844,3 +845,79 @@ def test_the_share_of_descent_directions() -> None:
     assert optimizer.records.descent_share() == 1 - climbing / 20
     assert optimizer.records.descent_share(last=5) == sum(s >= 0 for s in slopes[-5:]) / 5
     assert math.isnan(Records().descent_share())
+
+
+class ClampedSGD(torch.optim.Optimizer):
+    """Writes to the gradients, as many optimizers outside of torch do."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "decay": 0.5})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.clamp_(-0.05, 0.05).add_(p, alpha=group["decay"])
+                    p.add_(p.grad, alpha=-group["lr"])
+
+
+@every_wrapper
+def test_a_base_that_writes_to_the_gradients(wrapper: str) -> None:
+    """The slope is that of the loss; nesterov momentum writes to them in lists of tensors."""
+    problem = Problem()
+    params = list(problem.model.parameters())
+    optimizer = WRAPPERS[wrapper](ClampedSGD(params))
+    torch.manual_seed(1)
+    gradients = torch.autograd.grad(problem.losses(0).mean(), params)
+    slope = sum(
+        (g * (g.clamp(-0.05, 0.05) + 0.5 * p)).sum() for g, p in zip(gradients, params, strict=True)
+    )
+    problem = Problem()
+    optimizer = WRAPPERS[wrapper](ClampedSGD(list(problem.model.parameters())))
+    torch.manual_seed(1)
+    problem.train(optimizer, range(1))
+    assert math.isclose(optimizer.records[0].slope, slope.item(), rel_tol=1e-9)
+
+    found = []
+    for foreach in (False, True):
+        problem = Problem()
+        base = torch.optim.SGD(problem.groups(), momentum=0.9, nesterov=True, foreach=foreach)
+        optimizer = WRAPPERS[wrapper](base)
+        problem.train(optimizer, range(4))
+        found.append([(r.slope, r.curvature, r.step) for r in optimizer.records])
+    assert np.allclose(
+        np.array(found[0], dtype=float), np.array(found[1], dtype=float), rtol=1e-9, equal_nan=True
+    )
+
+
+@every_wrapper
+def test_modules_of_other_threads_do_not_matter(wrapper: str) -> None:
+    problem, twin = Problem(), Problem()
+    inside, done = threading.Event(), threading.Event()
+
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            assert done.wait(10)
+            return x
+
+    thread = threading.Thread(target=Slow(), args=(torch.ones(1),))
+    optimizer = WRAPPERS[wrapper](torch.optim.SGD(problem.groups()))
+    other = WRAPPERS[wrapper](torch.optim.SGD(twin.groups()))
+    thread.start()
+    assert inside.wait(10)
+
+    def losses() -> Tensor:
+        found = problem.losses(0)
+        if not done.is_set():
+            done.set()
+            thread.join()
+        return problem.losses(0) + 0 * found
+
+    torch.manual_seed(1)
+    optimizer.step(losses)
+    torch.manual_seed(1)
+    other.step(lambda: twin.losses(0) * 0 + twin.losses(0))
+    assert_same(list(problem.model.buffers())[-1], list(twin.model.buffers())[-1])
+    assert list(problem.model.state_dict()) == list(twin.model.state_dict())
