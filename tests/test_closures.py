@@ -306,37 +306,36 @@ def test_a_scaler_inside_the_closure_is_told_where_it_belongs() -> None:
 
 
 def test_threads_may_train_at_once() -> None:
-    """Whose steps begin and end in any order."""
+    """Of which the one that began first ends first."""
     original = torch.autograd.backward
-    inside, left = threading.Event(), threading.Event()
-    values = []
+    begun = [threading.Event(), threading.Event()]
+    ended = threading.Event()
+    slopes = []
 
-    def train(first: bool) -> None:
+    def train(second: bool) -> None:
         x = nn.Parameter(torch.tensor([1.0]))
         optimizer = GeN(torch.optim.SGD([x]), checked=0)
 
         def closure() -> Tensor:
-            if first and not inside.is_set():
-                inside.set()
-                assert left.wait(10)
-            if not first:
-                assert inside.wait(10)
+            begun[second].set()
+            assert (ended if second else begun[1]).wait(10)
             loss = (x - 3).square().sum()
             optimizer.zero_grad()
             loss.backward()
             return loss
 
+        assert not second or begun[0].wait(10)
         optimizer.step(closure)
-        if not first:
-            left.set()
-        values.append(optimizer.records[-1].slope)
+        slopes.append(optimizer.records[-1].slope)
+        if not second:
+            ended.set()
 
-    threads = [threading.Thread(target=train, args=(first,)) for first in (True, False)]
+    threads = [threading.Thread(target=train, args=(second,)) for second in (False, True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert values == [16.0, 16.0]
+    assert slopes == [16.0, 16.0]
     assert torch.autograd.backward is original
 
 
