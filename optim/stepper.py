@@ -21,6 +21,7 @@ from optim.ranges import check_count
 from optim.record import StepRecord
 from optim.rules import Rule
 from optim.rules.rule import State
+from optim.sharded import local
 from optim.snapshot import Snapshot
 from optim.trial import Trial
 
@@ -169,10 +170,15 @@ class Stepper:
                 p.grad = None
             taken: set[int] = set()
             for p, g in zip(found.params, found.grads, strict=True):
-                # As backward leaves them: each in memory of its own, to be written to.
-                alone = g is None or (g.data_ptr() not in taken and 0 not in g.stride())
-                taken |= set() if g is None else {g.data_ptr()}
-                p.grad = g if g is None or (alone and self.clip is None) else _copied(g)
+                if g is not None:
+                    # As backward leaves them: each in memory of its own, to be written to.
+                    memory = local(g).data_ptr()
+                    expanded = 0 in g.stride()
+                    if self.clip is not None or expanded or memory in taken:
+                        form = torch.contiguous_format if expanded else torch.preserve_format
+                        g = g.clone(memory_format=form)  # noqa: PLW2901
+                    taken.add(memory)
+                p.grad = g
         if self.clip is not None:
             self.clip([p for p in found.params if p.grad is not None])
 
@@ -195,12 +201,6 @@ class Stepper:
         if self.length:
             return self.length / math.sqrt(line.squared_norm)
         return self.estimator.first_reach(trial, line)
-
-
-def _copied(g: Tensor) -> Tensor:
-    return g.clone(
-        memory_format=torch.contiguous_format if 0 in g.stride() else torch.preserve_format
-    )
 
 
 def _shortened(trial: Trial, line: Line, step: float) -> float:
