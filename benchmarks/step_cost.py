@@ -77,6 +77,8 @@ METHODS: dict[str, tuple[Make, bool, Callable[..., Optimizer]]] = {
 
 def steps(optimizer: Optimizer, closure: Callable[[], Tensor], params: list[nn.Parameter]) -> float:
     """Seconds of one round."""
+    for p in params:
+        p.grad = None  # those of another method would stay, as a caller's own
     start = time.perf_counter()
     for _ in range(ROUND):
         if isinstance(optimizer, (GeN, Rescaled)):
