@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def check_losses(losses: Any, *, graph: bool) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     # A sum is finite only if its terms are, and many times faster to look at than each of them.
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def describe_non_finite(losses: Tensor) -> str:

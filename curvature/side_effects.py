@@ -182,6 +182,12 @@ def _fill(module: nn.Module, name: str, buffer: Any) -> None:
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
-    for child in module.modules():
+    # As module.modules(), which takes several times as long to name them too.
+    seen, waiting = {module}, [module]
+    while waiting:
+        child = waiting.pop()
         for name, buffer in child._buffers.items():
             yield (child, name), buffer
+        fresh = [m for m in child._modules.values() if m is not None and m not in seen]
+        seen.update(fresh)
+        waiting += fresh

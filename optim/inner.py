@@ -28,25 +28,28 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
 
 
 def _inner(tensors: Sequence[tuple[Tensor, Tensor]]) -> float:
-    pairs = [(a.flatten(), b.flatten()) for a, b in tensors]
-    found = total([_blockwise(a, b) for a, b in _joined(pairs)])
+    pairs = [(a.flatten(), b.flatten()) for a, b in tensors if a is not b]
+    squares = [a.flatten() for a, b in tensors if a is b]
+    sums = [_blockwise(*pair) for pair in _joined(pairs)]
+    sums += [_square(a) for (a,) in _joined([(a,) for a in squares])]
+    found = total(sums)
     if not _SMALL <= abs(found) < math.inf:
         # Products of single precision may have left its range.
+        pairs += zip(squares, squares, strict=True)
         found = total([torch.dot(a.double(), b.double()) for a, b in pairs])
     return found
 
 
-def _joined(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _joined(tuples: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
     """The same entries with those of short vectors, of which models have many, in one."""
-    short: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-    for a, b in pairs:
-        if len(a) > _WHOLE:
-            yield a, b
+    short: dict[Any, list[tuple[Tensor, ...]]] = {}
+    for vectors in tuples:
+        if vectors[0].numel() > _WHOLE:
+            yield vectors
         else:
-            short.setdefault((a.dtype, a.device), []).append((a, b))
+            short.setdefault((vectors[0].dtype, vectors[0].device), []).append(vectors)
     for some in short.values():
-        left, right = zip(*some, strict=True)
-        yield torch.cat(left), torch.cat(right)
+        yield tuple(map(torch.cat, zip(*some, strict=True)))
 
 
 def _blockwise(a: Tensor, b: Tensor) -> Tensor:
@@ -58,8 +61,19 @@ def _blockwise(a: Tensor, b: Tensor) -> Tensor:
     return sums.double().sum() + torch.dot(a[whole:], b[whole:]).double()
 
 
+def _square(a: Tensor) -> Tensor:
+    if a.dtype != torch.float32 or len(a) <= _WHOLE:
+        return torch.dot(a, a).double()
+    # A norm reads once what a product of two would read and write.
+    whole = len(a) - len(a) % _BLOCK
+    norms: Tensor = torch.linalg.vector_norm(a[:whole].view(-1, _BLOCK), dim=1)
+    return norms.double().square().sum() + torch.dot(a[whole:], a[whole:]).double()
+
+
 def total(numbers: Sequence[Tensor]) -> float:
     """The sum of scalars that may be on different devices."""
     if not numbers:
         return 0.0
+    if all(x.is_cpu for x in numbers):
+        return sum(x.item() for x in numbers)
     return torch.stack([x.to(numbers[0].device) for x in numbers]).sum().item()

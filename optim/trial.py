@@ -79,7 +79,7 @@ class Trial:
         with SideEffects(self.setting.called), self._moved_to(values):
             losses = [losses_again(closure, self.evaluation) for closure in self.closures]
         shares = self.evaluation.shares
-        local = sum(k * x.double().mean().item() for k, x in zip(shares, losses, strict=True))
+        local = sum(k * _mean(x) for k, x in zip(shares, losses, strict=True))
         (mean,) = self.means(local)
         return torch.tensor(mean + self.penalty.value(values), dtype=torch.float64)
 
@@ -90,7 +90,7 @@ class Trial:
     def _over_ranks(self, losses: Tensor) -> float:
         """The mean of numbers that belong to the losses, over those of all ranks."""
         share = losses.numel() * self.setting.ranks.size / self.evaluation.count
-        (mean,) = self.means(share * losses.double().mean().item())
+        (mean,) = self.means(share * _mean(losses))
         return mean
 
     def means(self, *numbers: float) -> list[float]:
@@ -165,6 +165,10 @@ class Trial:
         """
         length = 2.0 ** round(math.log2(squared_norm) / 2)
         return list(torch._foreach_div(self.direction, length)), length
+
+
+def _mean(losses: Tensor) -> float:
+    return losses.item() if losses.ndim == 0 else losses.double().mean().item()
 
 
 @torch.no_grad()

@@ -16,3 +16,6 @@ def test_inner(size: int, scale: float, dtype: torch.dtype) -> None:
     expected = (a.double() @ b.double()).item()
     assert inner([a, a], [b, None]) == pytest.approx(expected, rel=2e-7)
     assert inner([a, b], [b, -a]) == pytest.approx(0, abs=1e-6 * expected)
+    square = (a.double() @ a.double()).item()
+    assert inner([a], [a]) == pytest.approx(square, rel=2e-7)
+    assert inner([a, a], [a, b]) == pytest.approx(square + expected, rel=2e-7)
