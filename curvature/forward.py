@@ -97,10 +97,11 @@ class Forward:
             return
         if result.dtype not in (torch.float32, torch.float64):
             return
-        node = result.grad_fn
-        while node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
-            node = node.next_functions[0][0]  # type: ignore[assignment]
-        if node.name() in _NODES:
+        node = _behind_views(result.grad_fn)
+        if bias is not None and node is not None and node.name() == "AddBackward0":
+            # Of an input that is not contiguous the product is a node of its own.
+            node = _behind_views(node.next_functions[0][0])
+        if node is not None and node.name() in _NODES:
             self.products[node] = Product(result, bias)
 
     def _register_hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
@@ -111,6 +112,12 @@ class Forward:
             return changed
 
         return tensor.register_hook(watched)  # type: ignore[no-untyped-call]
+
+
+def _behind_views(node: Node | None) -> Node | None:
+    while node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        node = node.next_functions[0][0]
+    return node
 
 
 class _Watch(TorchFunctionMode):

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -289,6 +290,25 @@ def test_a_product_that_was_written_to_is_not_used(monkeypatch: pytest.MonkeyPat
         return z.sum(1) * bias
 
     check_agreement(func, w, v)
+
+
+def test_the_product_of_an_input_that_is_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F.linear adds the bias in a call of its own there."""
+    monkeypatch.setattr(forward, "_LEAST_WORK", 0)
+    monkeypatch.setattr(forward, "_LEAST_LENGTH", 0)
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 2, 4, 3, dtype=F64)
+
+    def func(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight = x[0, :3].sin()
+        y = F.linear(x.transpose(0, 1).tanh(), weight, x[1, 0] if bias is None else bias)
+        return y.square().sum((1, 2))
+
+    with Tape() as tape:
+        func(x.requires_grad_())
+    assert tape._forward is None or len(tape._forward.products) == 1
+    for bias in (None, torch.randn(3, dtype=F64)):
+        check_agreement(partial(func, bias=bias), x.detach(), v)
 
 
 @pytest.mark.parametrize("still", ["0.weight", "2.weight", "0.weight 0.bias"])

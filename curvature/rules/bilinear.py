@@ -208,7 +208,14 @@ def _matmul_right(call: Call, y: Tensor, a: Tensor, onto: Tensor | None) -> Tens
     return matmul(y.mT, a, None if onto is None else onto.mT).mT
 
 
-register("MmBackward0", Bilinear("self", "mat2", _matmul, _matmul_left, _matmul_right))
+def _as_it_is(call: Call, c: Tensor) -> Tensor:
+    return c
+
+
+register(
+    "MmBackward0",
+    Bilinear("self", "mat2", _matmul, _matmul_left, _matmul_right, added=_as_it_is),
+)
 register("BmmBackward0", Bilinear("self", "mat2", _matmul, _matmul_left, _matmul_right))
 
 
