@@ -52,9 +52,16 @@ class Cotangents:
         self._recent = {last: cotangents}
         for j in reversed(chain):
             after, place = self._followers[j]
-            cotangents = (self._graph.calls[after].pull(*cotangents)[place],)
+            cotangents = (self._pulled(j, after, cotangents)[place],)
             self._recent[j] = cotangents
         return cotangents
+
+    def _pulled(self, i: int, after: int, cotangents: Tensors) -> Tensors:
+        """Through the call after i."""
+        call = self._graph.calls[after]
+        if self._rules[i].needs_sums:
+            return self._rules[after].pull_sums(call, cotangents, self._graph.calls[i].dim)
+        return call.pull(*cotangents)
 
     def rest(self) -> None:
         """Drop what was found for the pass that has ended."""

@@ -143,3 +143,18 @@ def test_nothing_is_freed_before_an_operation_that_may_refuse() -> None:
     assert [q.engine for q in quadratics] == ["reference", "reference"]
     numbers = [q.curvature for q in quadratics]
     torch.testing.assert_close(*numbers)
+
+
+@fast_only
+def test_the_cotangent_of_cross_entropy_has_one_entry_a_sample() -> None:
+    net = nn.Linear(6, 50)
+    with Tape() as tape:
+        loss = F.cross_entropy(net(torch.randn(4, 6)), torch.randint(50, (4,)))
+    tape.backward(loss, list(net.parameters()))
+    engine = tape._engine
+    assert isinstance(engine, Sweep)
+    names = [call.name for call in engine._graph.calls]
+    cotangents = engine.cotangents.of(names.index("LogSoftmaxBackward0"))
+    assert cotangents is not None
+    assert cotangents[0] is not None
+    assert cotangents[0].shape == (4, 1)

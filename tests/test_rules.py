@@ -376,14 +376,18 @@ def _nll_loss(draw: Any) -> Sample:
     n, classes = size(draw), size(draw, 2, 4)
     weight = draw(st.sampled_from([None, torch.rand(classes, dtype=F64) + 0.1]))
     y = torch.randint(classes, (n,))
-    y[0] = 0
+    y[0], y[1:2] = 0, 1
     ignore = draw(st.sampled_from([-100, 1]))
     options: dict[str, Any] = {"weight": weight, "ignore_index": ignore, "reduction": reduction}
+    dim = draw(st.integers(-2, 1))
 
     def function(x: Tensor) -> Tensor:
         flat = F.nll_loss(x, y, **options)
         deep = F.nll_loss(x.view(n, classes, 1, 1), y.view(n, 1, 1), **options)
-        return flat.sum() * deep.sum()
+        entropy = F.nll_loss(x.log_softmax(dim), y, **options).sum()
+        entropy = entropy * F.nll_loss(x[0].log_softmax(0), y[0], **options)
+        images = x.view(n, classes, 1, 1).log_softmax(dim % 2)
+        return flat.sum() * deep.sum() + entropy * F.nll_loss(images, y.view(n, 1, 1)).sum()
 
     return function, [torch.randn(n, classes)]
 

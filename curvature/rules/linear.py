@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -113,12 +111,6 @@ def _avg_pool2d(call: Call, x: Tensor) -> Tensor:
 def _max_pool2d(call: Call, x: Tensor) -> Tensor:
     indices = call.result1
     return x.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
-
-
-@linear("NllLossBackward0", "NllLoss2DBackward0", light=True)
-def _nll_loss(call: Call, x: Tensor) -> Any:
-    function = torch.ops.aten.nll_loss_forward if x.ndim < 4 else torch.ops.aten.nll_loss2d_forward
-    return function(x, call.target, call.weight, call.reduction, call.ignore_index)[0]
 
 
 # Cheap either way, or rare: their own transpose transposed.

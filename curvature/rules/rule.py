@@ -28,10 +28,12 @@ class Rule(ABC):
     Attributes:
         linear: whether the operation is linear in the inputs that move; then it has no bend.
         light: whether the cotangents of its inputs are cheaper to compute again than to keep.
+        needs_sums: whether of its own cotangent the sums along ``call.dim`` are enough.
     """
 
     linear = False
     light = False
+    needs_sums = False
 
     def of(self, call: Call) -> Rule | None:
         """The rule for this very call; None where its own double backward has to serve."""
@@ -58,6 +60,10 @@ class Rule(ABC):
         """J xdot and the number <yhat, D²F[xdot, xdot]>, in at least float32."""
         outputs, bends = self.jet(call, dots, (None,) * len(dots))
         return outputs, inner(cotangents, bends)
+
+    def pull_sums(self, call: Call, cotangents: Tensors, dim: int) -> Tensors:
+        """J^T yhat, or what has the same sums along ``dim`` of the input with less work."""
+        return call.pull(*cotangents)
 
     def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Any]:
         """J xdot, and whatever :meth:`turn` can use again."""

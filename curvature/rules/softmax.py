@@ -18,22 +18,23 @@ class _LogSoftmax(Rule):
     With p = exp y: y' = x' - E_p x' and y'' = x'' - E_p x'' - Var_p x'.
     """
 
+    needs_sums = True
+
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         out = _like_output(call)
         for rows, p in _blocks(call):
-            out[rows] = _centred(p, _at(call, dots[0])[rows], call.dim)
+            _centre(p, _at(call, dots[0])[rows], call.dim, out[rows])
         return (out.view(call.shape()),)
 
     def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
         out, second, dim = _like_output(call), _like_output(call), call.dim
         for rows, p in _blocks(call):
-            centred = _centred(p, _at(call, dots[0])[rows], dim)
-            out[rows] = centred
-            variance = p.mul(centred).mul_(centred).sum(dim, True)
+            variance = _centre(p, _at(call, dots[0])[rows], dim, out[rows])
             if ddots[0] is None:
                 second[rows] = variance.neg_()
             else:
-                second[rows] = _centred(p, _at(call, ddots[0])[rows], dim).sub_(variance)
+                _centre(p, _at(call, ddots[0])[rows], dim, second[rows])
+                second[rows] -= variance
         return (out.view(call.shape()),), (second.view(call.shape()),)
 
     def adjoint(
@@ -44,11 +45,14 @@ class _LogSoftmax(Rule):
         out, dim = _like_output(call), call.dim
         number = out.new_zeros(())
         for rows, p in _blocks(call):
-            centred = _centred(p, _at(call, dots[0])[rows], dim)
-            out[rows] = centred
-            variance = p.mul_(centred).mul_(centred).sum(dim)
-            number -= (variance * _at(call, cotangents[0])[rows].sum(dim)).sum()
+            variance = _centre(p, _at(call, dots[0])[rows], dim, out[rows])
+            number -= (variance * _at(call, cotangents[0])[rows].sum(dim, True)).sum()
         return (out.view(call.shape()),), number
+
+    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensor]:
+        (out,) = self.tangent(call, dots)
+        assert out is not None
+        return (out,), out
 
     def turn(
         self,
@@ -56,28 +60,31 @@ class _LogSoftmax(Rule):
         dots: Tensors,
         cotangents: Tensors,
         turned: Tensors,
-        kept: None,
+        kept: Tensor,
     ) -> Tensors:
-        """The backward pass is x^ = y^ - p sum y^."""
+        """The backward pass is x^ = y^ - p sum y^, and p' = p y'."""
         back, dim = _like_output(call), call.dim
         for rows, p in _blocks(call):
-            moved = torch.zeros_like(p)
             if cotangents[0] is not None:
-                moved = _centred(p, _at(call, dots[0])[rows], dim)
-                moved *= _at(call, cotangents[0])[rows].sum(dim, True)
-            if turned[0] is None:
-                back[rows] = p.mul_(moved).neg_()
+                sums = _at(call, cotangents[0])[rows].sum(dim, True)
+                torch.mul(p, _at(call, kept)[rows], out=back[rows]).mul_(-sums)
             else:
+                back[rows].zero_()
+            if turned[0] is not None:
                 change = _at(call, turned[0])[rows]
-                back[rows] = torch.addcmul(change, p, moved + change.sum(dim, True), value=-1)
+                back[rows].add_(change).addcmul_(p, change.sum(dim, True), value=-1)
         return (back.view(call.shape()),)
 
 
-def _centred(p: Tensor, x: Tensor, dim: int) -> Tensor:
-    """x - E_p x."""
-    out = x - (p * x).sum(dim, True)
+def _centre(p: Tensor, x: Tensor, dim: int, out: Tensor) -> Tensor:
+    """Write x - E_p x, and return Var_p x."""
+    torch.sub(x, (p * x).sum(dim, True), out=out)
     # Once more, without the common part of x: where p is nearly 1, it would drown in its rounding.
-    return out.sub_((p * out).sum(dim, True))
+    weighted = p * out
+    rest = weighted.sum(dim, True)
+    variance = weighted.mul_(out).sum(dim, True).sub_(rest * rest)
+    out.sub_(rest)
+    return variance
 
 
 def _blocks(call: Call) -> Iterator[tuple[slice, Tensor]]:
