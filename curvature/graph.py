@@ -121,9 +121,10 @@ def _like_input(cotangent: Tensor | None, edge: Edge | None) -> Tensor | None:
         return None
     # A node leaves it to autograd's engine to sum over what broadcasting has repeated.
     like = edge[0]._input_metadata[edge[1]]
-    if cotangent.shape != like.shape:
-        cotangent = cotangent.sum_to_size(like.shape)
-    return cotangent.to(like.dtype)
+    shape = tuple(like.shape)
+    if cotangent.shape != shape:
+        cotangent = cotangent.sum_to_size(shape)
+    return cotangent if cotangent.dtype == like.dtype else cotangent.to(like.dtype)
 
 
 def _without_graph(value: Any) -> Any:

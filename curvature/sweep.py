@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -62,8 +61,10 @@ class Sweep:
         self._params = list(params)
         self._rules = [rule_of(call) for call in self._graph.calls]
         for call, rule in zip(self._graph.calls, self._rules, strict=True):
-            with self._located(call):
+            try:
                 rule.check(call)
+            except NotTwiceDifferentiable as error:
+                raise self._located(call, error) from error
         unruled = [i for i, rule in enumerate(self._rules) if isinstance(rule, LocalDoubleBackward)]
         names = {self._graph.calls[i].name for i in unruled}
         # Only a derivative tells whether an operation has one; that of a rule is known.
@@ -218,8 +219,10 @@ class Sweep:
             call, rule = self._graph.calls[i], self._rules[i]
             turned = tuple(cots.get(edge) for edge in call.outputs)
             cotangents = self.cotangents.of(i) or (None,) * len(turned)
-            with self._located(call):
+            try:
                 changes = rule.turn(call, dots, cotangents, turned, kept)
+            except NotTwiceDifferentiable as error:
+                raise self._located(call, error) from error
             for done in call.outputs:
                 if done not in leaves:
                     cots.pop(done, None)
@@ -228,7 +231,7 @@ class Sweep:
                     cots[edge] = cot if edge not in cots else cots[edge] + cot
         self.cotangents.rest()
         return [
-            cots.get(edge, torch.zeros_like(p)).to(p)
+            cots[edge].to(p) if edge in cots else torch.zeros_like(p)
             for edge, p in zip(self._graph.leaves, self._params, strict=True)
         ]
 
@@ -259,8 +262,10 @@ class Sweep:
         for i, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True)):
             arriving = tuple(None if e is None else dots.get(e) for e in call.inputs)
             if any(d is not None for d in arriving):
-                with self._located(call):
+                try:
                     outputs = step(i, call, rule, arriving)
+                except NotTwiceDifferentiable as error:
+                    raise self._located(call, error) from error
                 for k, dot in enumerate(outputs):
                     if dot is not None:
                         # A parameter that is itself computed moves on its own as well.
@@ -275,13 +280,9 @@ class Sweep:
             done(i)
         return dots.get(self._graph.root)
 
-    @contextmanager
-    def _located(self, call: Call) -> Iterator[None]:
-        try:
-            yield
-        except NotTwiceDifferentiable as error:
-            origin = self._forward_pass.origins.of(call.name, call.node._sequence_nr())
-            raise NotTwiceDifferentiable(f"{origin}: {error}") from error
+    def _located(self, call: Call, error: NotTwiceDifferentiable) -> NotTwiceDifferentiable:
+        origin = self._forward_pass.origins.of(call.name, call.node._sequence_nr())
+        return NotTwiceDifferentiable(f"{origin}: {error}")
 
     def _filled(self, losses: Tensor | None) -> Tensor:
         if losses is None:
