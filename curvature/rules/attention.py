@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -50,15 +49,15 @@ class _Heads:
         Q, K = self.q_Q.chunk(2, -1)[1], self.K_k.chunk(2, -1)[0]
         return torch.cat([q * self.scale, Q], -1), torch.cat([K, k], -1), v
 
-    def blocks(self, height: int, known: Iterator[tuple[Tensor, Tensor]]) -> Iterator[_Rows]:
+    def blocks(self, height: int) -> Iterator[_Rows]:
         for start in range(0, self.q_Q.shape[1], height):
-            yield _Rows(self, slice(start, start + height), next(known, None))
+            yield _Rows(self, slice(start, start + height))
 
 
 class _Rows:
     """Some rows of S, without the columns that causal attention masks in all of them."""
 
-    def __init__(self, heads: _Heads, rows: slice, known: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, heads: _Heads, rows: slice) -> None:
         self.heads, self.rows = heads, rows
         self.columns = slice(0, rows.stop if heads.call.is_causal else None)
         self.q_Q, self.K_k = heads.q_Q[:, rows], heads.K_k[:, self.columns]
@@ -66,7 +65,7 @@ class _Rows:
         self.q, self.Q = self.q_Q.chunk(2, -1)
         self.K, self.k = self.K_k.chunk(2, -1)
         self.V, self.v = self.V_v.chunk(2, -1)
-        self.P, self.c = self._evaluated() if known is None else known
+        self.P, self.c = self._evaluated()
 
     def _evaluated(self) -> tuple[Tensor, Tensor]:
         """P, and c with which P' = P c."""
@@ -148,13 +147,12 @@ class _Attention(Rule):
             _write(out, block, moved)
         return (out,), sum(numbers[1:], numbers[0])
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Any]:
+    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, list[_Rows] | None]:
         if call.key.shape[-2] > _KEPT * call.key.shape[-1]:
             return self.tangent(call, dots), None
-        out, kept = _like_output(call), []
-        for block in _blocks(call, dots):
+        out, kept = _like_output(call), list(_blocks(call, dots))
+        for block in kept:
             _write(out, block, block.moved(block.c.clone())[0])
-            kept.append((block.P, block.c))
         return (out,), kept
 
     def turn(
@@ -163,7 +161,7 @@ class _Attention(Rule):
         dots: Tensors,
         cotangents: Tensors,
         turned: Tensors,
-        kept: Any,
+        kept: list[_Rows] | None,
     ) -> Tensors:
         """The backward pass is V^ = P^T O^, S^ = P (R - D), Q^ = scale S^ K, K^ = scale S^T^ Q.
 
@@ -173,7 +171,7 @@ class _Attention(Rule):
         if cotangents[0] is None:
             return (None,) * len(dots) if change is None else call.pull(change)
         to_q, to_k, to_v = (torch.zeros_like(x) for x in (call.query, call.key, call.value))
-        for block in _blocks(call, dots, kept or ()):
+        for block in _blocks(call, dots) if kept is None else kept:
             P, c, y = block.P, block.c, block.of(cotangents[0])
             S = block.back(y)
             M = (y @ block.v.mT).addcmul_(c, S)
@@ -191,16 +189,13 @@ class _Attention(Rule):
         return (to_q, to_k, to_v, *[None] * (len(dots) - 3))
 
 
-def _blocks(
-    call: Call, dots: Tensors, known: Iterable[tuple[Tensor, Tensor]] = ()
-) -> Iterator[_Rows]:
-    known = iter(known)
+def _blocks(call: Call, dots: Tensors) -> Iterator[_Rows]:
     samples, heads, rows = call.query.shape[:3]
     size = heads * rows * call.key.shape[-2]
     height = _ROWS if call.is_causal or size > IN_CACHE else rows
     step = max(1, IN_CACHE * rows // (size * height))
     for start in range(0, samples, step):
-        yield from _Heads(call, slice(start, start + step), dots).blocks(height, known)
+        yield from _Heads(call, slice(start, start + step), dots).blocks(height)
 
 
 def _like_output(call: Call) -> Tensor:
