@@ -73,7 +73,7 @@ class _Layer:
     def linear(self, dots: Tensors) -> Tensor:
         """How a moves with x, W, U and b: all but what comes by h_before."""
         x, w, u, b0, b1, *_ = dots
-        a = self.x.new_zeros(len(self.x), 4 * self.size)
+        a = None
         for left, right in (
             (None if x is None else self.rows(x), self.w),
             (self.x, w),
@@ -81,6 +81,7 @@ class _Layer:
         ):
             if left is not None and right is not None:
                 a = multiply(left, right.t(), a)
+        a = self.x.new_zeros(len(self.x), 4 * self.size) if a is None else a
         for b in (b0, b1):
             if b is not None:
                 a.add_(b)
@@ -226,10 +227,11 @@ class _Lstm(Rule):
             2 * (back.c * (f * moved.c[:-1] + i * g)).sum(),
             2 * (back.h * layer.tanh_slope * c * bend).sum(),
         ]
+        # <a^, x' W'^T> in the order that makes the smaller product.
         if x is not None and w is not None:
-            numbers.append(2 * (multiply(layer.rows(x), w.t()) * back.rows).sum())
+            numbers.append(2 * (multiply(back.rows, w) * layer.rows(x)).sum())
         if u is not None:
-            numbers.append(2 * (multiply(moved.h_before, u.t()) * back.rows).sum())
+            numbers.append(2 * (multiply(back.rows, u) * moved.h_before).sum())
         return outputs, torch.stack(numbers).sum()
 
     def turn(
