@@ -70,10 +70,11 @@ def _hooked(watcher: _Watcher) -> Iterator[None]:
     def at_end(module: nn.Module, *_: Any) -> None:
         after(module)
 
-    handles = [
-        register_module_forward_pre_hook(at_start),
-        register_module_forward_hook(at_end, always_call=True),
-    ]
+    handles = []
+    if before is not _ignored:
+        handles.append(register_module_forward_pre_hook(at_start))
+    if after is not _ignored:
+        handles.append(register_module_forward_hook(at_end, always_call=True))
     try:
         yield
     finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from curvature.graph import Graph, Tensors
 from curvature.rules.rule import Rule
@@ -28,7 +29,8 @@ class Cotangents:
         """Around the backward pass of the mean loss."""
         sources = {self._source(i) for i, rule in enumerate(self._rules) if not rule.linear}
         hooks = [
-            self._graph.calls[i].node.register_prehook(_keeper(self._kept, i)) for i in sources
+            self._graph.calls[i].node.register_prehook(partial(self._kept.__setitem__, i))
+            for i in sources
         ]
         try:
             yield
@@ -76,20 +78,13 @@ class Cotangents:
 
 def _followers(graph: Graph, rules: Sequence[Rule]) -> dict[int, tuple[int, int]]:
     """For calls used only by a light operation: that one, and the place among its inputs."""
-    uses, followers = graph.uses(), {}
+    followers = {}
     made = {call.node: i for i, call in enumerate(graph.calls)}
     for j, (call, rule) in enumerate(zip(graph.calls, rules, strict=True)):
         for place, edge in enumerate(call.inputs):
             if rule.light and edge is not None and edge[0] in made:
                 i = made[edge[0]]
-                alone = uses[edge] == 1 and edge != graph.root
+                alone = graph.uses[edge] == 1 and edge != graph.root
                 if alone and len(graph.calls[i].outputs) == 1:
                     followers[i] = j, place
     return followers
-
-
-def _keeper(store: dict[int, Tensors], i: int) -> Callable[[Tensors], None]:
-    def keep(cotangents: Tensors) -> None:
-        store[i] = cotangents
-
-    return keep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from curvature.saved import Saved
 _LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}  # (input, weight, bias)
 _NODES = {"MmBackward0", "BmmBackward0", "AddmmBackward0", "ConvolutionBackward0"}
 _PRODUCTS = {torch.mm, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_MULTIPLYING = _LAYERS | _PRODUCTS
 
 # Below these a product costs no more than the few sums that save one.
 _LEAST_LENGTH = 128  # of the sums that the product consists of
@@ -78,10 +80,10 @@ class Forward:
         self.origins.call(func)
         result = func(*args, **kwargs)
         self.origins.returned()
-        if (func in _LAYERS or func in _PRODUCTS) and len(args) >= 2:
+        if func in _MULTIPLYING and len(args) >= 2:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             left, right = args[:2]
-            length = left.shape[-1] if func in _PRODUCTS else right[0].numel()
+            length = left.shape[-1] if func in _PRODUCTS else math.prod(right.shape[1:])
             if length >= _LEAST_LENGTH and length * result.numel() >= _LEAST_WORK:
                 self._keep(left, right, bias, result)
         return result

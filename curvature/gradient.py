@@ -76,7 +76,7 @@ def check_differentiable(losses: Any, params: Any) -> Flat:
     check_losses(losses, graph=True)
     flat = flatten_params(params)
     if not all(p.requires_grad for p in flat.leaves):
-        frozen = [n for n, p in zip(flat.names, flat.leaves, strict=True) if not p.requires_grad]
+        frozen = [flat.name(k) for k, p in enumerate(flat.leaves) if not p.requires_grad]
         raise ValueError(f"{', '.join(frozen)} does not require grad; leave it out of params")
     if not is_finite(losses):
         raise NonFiniteLoss(describe_non_finite(losses))

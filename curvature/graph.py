@@ -13,6 +13,7 @@ from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Product
 
 Edge = tuple[Node, int]
+Kind = tuple[torch.Size, torch.dtype]
 Tensors = tuple[Tensor | None, ...]
 
 
@@ -27,28 +28,39 @@ class Call:
         node: autograd's node, the transposed Jacobian as a function of the cotangents.
         name: of the node, one per differentiable overload ("AddmmBackward0").
         inputs: for each differentiable input the edge it came by, or None if it does not move.
+        outputs: the edge of each output.
+        kinds: shape and dtype of each output.
         edges: the moving inputs as gradient edges, each once.
         product: the result of a product of two tensors, if it was kept.
         used: which of the outputs later calls use.
     """
 
-    __slots__ = ("inputs", "name", "node", "product", "used")
+    __slots__ = ("_taken", "inputs", "kinds", "name", "node", "outputs", "product", "used")
 
     def __init__(
-        self, node: Node, inputs: tuple[Edge | None, ...], product: Product | None
+        self,
+        node: Node,
+        inputs: tuple[Edge | None, ...],
+        kinds: Mapping[Edge, Kind],
+        product: Product | None,
     ) -> None:
         self.node, self.product = node, product
         self.name = node.name().removeprefix("torch::autograd::")
         self.inputs = inputs
+        # Asking the node takes longer than many a view.
+        self._taken = tuple([None if edge is None else kinds[edge] for edge in inputs])
+        self.kinds = _kinds(node)
+        self.outputs: list[Edge] = [(node, k) for k in range(len(self.kinds))]
         self.used: set[int] = set()
 
     def __getattr__(self, name: str) -> Any:
         # Dunder names are asked for by copy and pickle before there is a node.
         if name.startswith("__"):
             raise AttributeError(name)
-        if callable(self.node):
-            return _signed(_without_graph(getattr(self.node, "_saved_" + name)))
-        return _without_graph(getattr(self.node, name))
+        if not callable(self.node):
+            return _without_graph(getattr(self.node, name))
+        value = getattr(self.node, "_saved_" + name)
+        return value.detach() if type(value) is Tensor else _signed(_without_graph(value))
 
     def __repr__(self) -> str:
         return f"Call({self.name})"
@@ -62,13 +74,9 @@ class Call:
     def edges(self) -> dict[Edge, GradientEdge]:
         return {edge: GradientEdge(*edge) for edge in self.inputs if edge is not None}
 
-    @property
-    def outputs(self) -> list[Edge]:
-        return [(self.node, k) for k in range(len(self.node._input_metadata))]
-
     def shape(self, output: int = 0) -> torch.Size:
-        """The shape of an output."""
-        return torch.Size(self.node._input_metadata[output].shape)
+        """Of an output."""
+        return self.kinds[output][0]
 
     def zeros(self) -> list[Tensor]:
         """Zeros like the outputs."""
@@ -80,8 +88,8 @@ class Call:
 
     def is_complex(self) -> bool:
         """Whether an output or a moving input is complex."""
-        ends = [*self.outputs, *(edge for edge in self.inputs if edge is not None)]
-        return any(node._input_metadata[k].dtype.is_complex for node, k in ends)
+        kinds = filter(None, (*self.kinds, *self._taken))
+        return any(dtype.is_complex for _, dtype in kinds)
 
     def pull(self, *cotangents: Tensor | None) -> Tensors:
         """The transposed Jacobian times cotangents of the outputs: one per moving input."""
@@ -95,7 +103,7 @@ class Call:
 
     def fitted(self, cotangents: Sequence[Tensor | None]) -> Tensors:
         """Cotangents of the inputs in their shapes, summed over what broadcasting has repeated."""
-        return tuple(map(_like_input, cotangents, self.inputs))
+        return tuple(map(_like_input, cotangents, self._taken))
 
     def _of_tensors(self, pulled: Tensors) -> Tensors:
         """What a Python function returned for its tensors; it has entries for other arguments."""
@@ -116,15 +124,19 @@ def _zeros(edge: Edge) -> Tensor:
     return torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
 
 
-def _like_input(cotangent: Tensor | None, edge: Edge | None) -> Tensor | None:
-    if cotangent is None or edge is None:
+def _kinds(node: Node) -> list[Kind]:
+    """Shape and dtype of each output."""
+    return [(torch.Size(like.shape), like.dtype) for like in node._input_metadata]
+
+
+def _like_input(cotangent: Tensor | None, kind: Kind | None) -> Tensor | None:
+    if cotangent is None or kind is None:
         return None
     # A node leaves it to autograd's engine to sum over what broadcasting has repeated.
-    like = edge[0]._input_metadata[edge[1]]
-    shape = tuple(like.shape)
+    shape, dtype = kind
     if cotangent.shape != shape:
         cotangent = cotangent.sum_to_size(shape)
-    return cotangent if cotangent.dtype == like.dtype else cotangent.to(like.dtype)
+    return cotangent if cotangent.dtype == dtype else cotangent.to(dtype)
 
 
 def _without_graph(value: Any) -> Any:
@@ -153,6 +165,7 @@ class Graph:
         calls: in order of evaluation.
         leaves: the edge of each parameter.
         root: the edge of the losses.
+        uses: how many inputs each edge feeds.
     """
 
     def __init__(
@@ -161,16 +174,21 @@ class Graph:
         self.leaves: list[Edge] = [_edge(p) for p in params]
         self.root = _edge(losses)
         moving = {node for node, _ in self.leaves}
+        kinds = {(node, k): kind for node in moving for k, kind in enumerate(_kinds(node))}
         self.calls: list[Call] = []
+        self.uses: dict[Edge, int] = {}
         for node in _in_order(self.root[0]):
-            inputs = tuple(
-                (parent, i) if parent in moving else None for parent, i in node.next_functions
-            )
+            inputs = tuple([(n, k) if n in moving else None for n, k in node.next_functions])
             if any(inputs):
                 moving.add(node)
-                self.calls.append(Call(node, inputs, products.get(node)))
+                call = Call(node, inputs, kinds, products.get(node))
+                kinds.update(zip(call.outputs, call.kinds, strict=True))
+                self.calls.append(call)
+                for edge in inputs:
+                    if edge is not None:
+                        self.uses[edge] = self.uses.get(edge, 0) + 1
         made = {call.node: call for call in self.calls}
-        for node, k in self.uses():
+        for node, k in self.uses:
             if node in made:
                 made[node].used.add(k)
 
@@ -188,15 +206,6 @@ class Graph:
 
     def is_parameter(self, output: Tensor) -> bool:
         return _edge(output) in self.leaves
-
-    def uses(self) -> dict[Edge, int]:
-        """How many inputs each edge feeds."""
-        counts: dict[Edge, int] = {}
-        for call in self.calls:
-            for edge in call.inputs:
-                if edge is not None:
-                    counts[edge] = counts.get(edge, 0) + 1
-        return counts
 
 
 def _edge(tensor: Tensor) -> Edge:

@@ -6,13 +6,21 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+_sequence_nr = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+@cache
+def _is_own(file: str) -> bool:
+    return file.startswith(_OWN)
 
 
 @dataclass(frozen=True)
@@ -43,44 +51,44 @@ class Origins:
     """Notes, during a forward pass, which stretch of autograd's sequence each call made."""
 
     def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._stretches: list[tuple[str, tuple[str, int], tuple[nn.Module, ...]]] = []
+        # Each with its first number, the function if it is known, the line, and the modules.
+        self._stretches: list[tuple[int, Any, tuple[str, int], tuple[nn.Module, ...]]] = []
         self._modules: tuple[nn.Module, ...] = ()
         self._line = ("", 0)
 
     def enter(self, module: nn.Module) -> None:
         """A module is called."""
         self._modules = (*self._modules, module)
-        self._begin("")
+        self._begin(None)
 
     def leave(self) -> None:
         """The innermost module has returned."""
         self._modules = self._modules[:-1]
-        self._begin("")
+        self._begin(None)
 
-    def _begin(self, function: str) -> None:
-        """What autograd records from here on belongs to this function; empty: to none known."""
-        self._starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
-        self._stretches.append((function, self._line, self._modules))
+    def _begin(self, function: Callable[..., Any] | None) -> None:
+        """What autograd records from here on belongs to this function."""
+        self._stretches.append((_sequence_nr(), function, self._line, self._modules))
 
     def call(self, function: Callable[..., Any]) -> None:
         """A torch function is called."""
         frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
-            frame = frame.f_back
+        while _is_own(frame.f_code.co_filename) and (caller := frame.f_back) is not None:
+            frame = caller
         self._line = frame.f_code.co_filename, frame.f_lineno
-        self._begin(getattr(function, "__name__", str(function)))
+        self._begin(function)
 
     def returned(self) -> None:
         """The torch function has returned."""
-        self._begin("")
+        self._begin(None)
 
     def of(self, operation: str, sequence_nr: int) -> Origin:
         """The origin of the node with this name and number in autograd's sequence."""
-        k = bisect_right(self._starts, sequence_nr) - 1
+        k = bisect_right(self._stretches, sequence_nr, key=itemgetter(0)) - 1
         if k < 0:
             return Origin(operation, "", "", "")
-        function, (file, number), modules = self._stretches[k]
+        _, called, (file, number), modules = self._stretches[k]
+        function = "" if called is None else getattr(called, "__name__", str(called))
         line = f"{file}:{number}" if file else ""
         path = ""
         if modules:

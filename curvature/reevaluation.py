@@ -35,10 +35,12 @@ class Reevaluation:
             yield
 
     def _note(self, module: nn.Module) -> None:
-        for name, tensor in _tensors(module):
-            held = self._held.setdefault((module, name), [])
-            if not any(tensor is other for other, _ in held):
-                held.append((tensor, tensor._version))
+        # To the tape's own mode, reading an attribute is a call like any other.
+        with torch._C.DisableTorchFunction():
+            for name, tensor in _tensors(module):
+                held = self._held.setdefault((module, name), [])
+                if not any(tensor is other for other, _ in held):
+                    held.append((tensor, tensor._version))
 
     def _compare(self, module: nn.Module) -> None:
         for name, tensor in _tensors(module):

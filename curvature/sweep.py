@@ -255,13 +255,13 @@ class Sweep:
         dying: Callable[[Edge], object],
         done: Callable[[int], object],
     ) -> Tensor | None:
-        uses = self._graph.uses()
+        uses = dict(self._graph.uses)
         dots: dict[Edge, Tensor] = {}
         for edge, v in zip(self._graph.leaves, direction, strict=True):
             dots[edge] = v if edge not in dots else dots[edge] + v
         for i, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True)):
-            arriving = tuple(None if e is None else dots.get(e) for e in call.inputs)
-            if any(d is not None for d in arriving):
+            arriving = tuple([None if edge is None else dots.get(edge) for edge in call.inputs])
+            if any(dot is not None for dot in arriving):
                 try:
                     outputs = step(i, call, rule, arriving)
                 except NotTwiceDifferentiable as error:

@@ -62,8 +62,9 @@ def finite_difference(
         raise ValueError(f"step is {step}; it must be finite and positive")
     flat = flatten_params(params)
     leaves = flatten_direction(direction, flat)
-    for name, leaf in zip(flat.names, flat.leaves, strict=True):
+    for k, leaf in enumerate(flat.leaves):
         if leaf.dtype != torch.float64:
+            name = flat.name(k)
             raise TypeError(f"{name} has dtype {leaf.dtype}; finite differences need float64")
     length = float(torch.stack([v.square().sum() for v in leaves]).sum().sqrt())
     if length == 0:

@@ -23,9 +23,9 @@ class Flat:
     leaves: list[Tensor]
     spec: pytree.TreeSpec
 
-    @property
-    def names(self) -> list[str]:
-        return _names(self.rebuild(self.leaves))
+    def name(self, k: int, tree: str = "params") -> str:
+        """Of leaf k, as "params['weight']"."""
+        return tree + _keys(self.rebuild(self.leaves))[k]
 
     def rebuild(self, leaves: list[Tensor]) -> Any:
         return pytree.tree_unflatten(leaves, self.spec)
@@ -57,7 +57,7 @@ def flatten_params(params: Any) -> Flat:
     for k, leaf in enumerate(leaves):
         reason = _unusable(leaf)
         if reason is not None:
-            raise TypeError(f"{_names(params)[k]} {reason}")
+            raise TypeError(f"{Flat(leaves, spec).name(k)} {reason}")
     return Flat(leaves, spec)
 
 
@@ -71,30 +71,39 @@ def flatten_direction(direction: Any, params: Flat, *, argument: str = "directio
         TypeError: a leaf is no tensor, or its dtype differs from its parameter's.
         ValueError: structure, shape or device differ, or an entry is NaN or infinite.
     """
-    paths, _ = pytree.tree_flatten_with_path(direction)
-    given = {pytree.keystr(path): leaf for path, leaf in paths}
-    wanted = [name.removeprefix("params") for name in params.names]
-    if set(given) == set(wanted):
-        leaves = [given[key] for key in wanted]
-    elif isinstance(direction, list) and len(direction) == len(wanted) == len(paths):
-        leaves = list(direction)
-    else:
-        missing = [key for key in wanted if key not in given]
-        extra = [key for key in given if key not in wanted]
-        raise ValueError(
-            f"{argument} does not have the structure of params: missing {missing or 'nothing'}, "
-            f"unexpected {extra or 'nothing'}; build it with the keys of params"
-        )
-    for key, leaf, param in zip(wanted, leaves, params.leaves, strict=True):
-        _check_pair(argument + key, leaf, param)
-    bad = [argument + key for key, leaf in zip(wanted, leaves, strict=True) if not is_finite(leaf)]
+    leaves, spec = pytree.tree_flatten(direction)
+    if spec != params.spec:
+        leaves = _in_order(direction, params, argument)
+    for k, (leaf, param) in enumerate(zip(leaves, params.leaves, strict=True)):
+        misfit = _misfit(leaf, param)
+        if misfit is not None:
+            kind, reason = misfit
+            raise kind(f"{params.name(k, argument)} {reason}")
+    bad = [params.name(k, argument) for k, leaf in enumerate(leaves) if not is_finite(leaf)]
     if bad:
         raise ValueError(f"{', '.join(bad)} holds NaN or infinite entries")
     return [leaf.detach() for leaf in leaves]
 
 
-def _names(params: Any) -> list[str]:
-    return ["params" + pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(params)[0]]
+def _in_order(direction: Any, params: Flat, argument: str) -> list[Any]:
+    """The leaves of a direction that is built otherwise than params."""
+    paths, _ = pytree.tree_flatten_with_path(direction)
+    given = {pytree.keystr(path): leaf for path, leaf in paths}
+    wanted = _keys(params.rebuild(params.leaves))
+    if set(given) == set(wanted):
+        return [given[key] for key in wanted]
+    if isinstance(direction, list) and len(direction) == len(wanted) == len(paths):
+        return list(direction)
+    missing = [key for key in wanted if key not in given]
+    extra = [key for key in given if key not in wanted]
+    raise ValueError(
+        f"{argument} does not have the structure of params: missing {missing or 'nothing'}, "
+        f"unexpected {extra or 'nothing'}; build it with the keys of params"
+    )
+
+
+def _keys(params: Any) -> list[str]:
+    return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(params)[0]]
 
 
 def _unusable(leaf: Any) -> str | None:
@@ -115,16 +124,16 @@ def _unusable(leaf: Any) -> str | None:
     return None
 
 
-def _check_pair(name: str, leaf: Any, param: Tensor) -> None:
+def _misfit(leaf: Any, param: Tensor) -> tuple[type[Exception], str] | None:
+    """Why this is no tangent of the parameter."""
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"{name} is a {type(leaf).__name__}, not a tensor")
+        return TypeError, f"is a {type(leaf).__name__}, not a tensor"
     if leaf.shape != param.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(leaf.shape)}, its parameter has {tuple(param.shape)}"
-        )
+        return ValueError, f"has shape {tuple(leaf.shape)}, its parameter has {tuple(param.shape)}"
     if leaf.dtype != param.dtype:
-        raise TypeError(f"{name} has dtype {leaf.dtype}, its parameter has {param.dtype}")
+        return TypeError, f"has dtype {leaf.dtype}, its parameter has {param.dtype}"
     if leaf.device != param.device:
-        raise ValueError(f"{name} is on {leaf.device}, its parameter is on {param.device}")
+        return ValueError, f"is on {leaf.device}, its parameter is on {param.device}"
     if leaf.layout != torch.strided:
-        raise TypeError(f"{name} has layout {leaf.layout}; only dense tensors can be used")
+        return TypeError, f"has layout {leaf.layout}; only dense tensors can be used"
+    return None

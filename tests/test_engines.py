@@ -125,6 +125,18 @@ def test_zero_gradient_is_no_refusal(engine: str) -> None:
 
 
 @every_engine
+def test_layers_of_no_width(engine: str) -> None:
+    x = torch.tensor([2.0, 3.0])
+
+    def func(weight: torch.Tensor) -> torch.Tensor:
+        nothing = torch.nn.functional.linear(weight[:1] * x, weight[1:])
+        return nothing.sum() + weight.square().sum()
+
+    q = directional(func, torch.ones(1, 2), torch.ones(1, 2), engine=engine)
+    assert q.curvature == 4
+
+
+@every_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_results_have_the_dtype_of_the_loss_and_no_graph(dtype: torch.dtype, engine: str) -> None:
     x = torch.ones(3, dtype=dtype, requires_grad=True)

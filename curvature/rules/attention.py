@@ -70,7 +70,7 @@ class _Rows:
     def _evaluated(self) -> tuple[Tensor, Tensor]:
         """P, and c with which P' = P c."""
         heads = self.heads
-        S = self.Q @ self.K.mT
+        S = torch.bmm(self.Q, self.K.mT)
         if heads.call.is_causal:
             corner = S[..., self.rows.start :]
             corner += corner.new_full(corner.shape[1:], -math.inf).triu_(1)
@@ -121,7 +121,7 @@ class _Attention(Rule):
                 if heads is not block.heads:
                     heads = block.heads
                     qq_Q, K_kk, vv = heads.second(ddots)
-                W.addcmul_(qq_Q[:, block.rows] @ K_kk[:, block.columns].mT, block.P)
+                W.addcmul_(torch.bmm(qq_Q[:, block.rows], K_kk[:, block.columns].mT), block.P)
             moved, mixed = block.moved(block.c)
             bend = torch.baddbmm(mixed, W, block.V, beta=2)
             bend.addcmul_(block.of(call.output), W.sum(-1, True), value=-1)
@@ -174,15 +174,15 @@ class _Attention(Rule):
         for block in _blocks(call, dots) if kept is None else kept:
             P, c, y = block.P, block.c, block.of(cotangents[0])
             S = block.back(y)
-            M = (y @ block.v.mT).addcmul_(c, S)
+            M = torch.bmm(y, block.v.mT).addcmul_(c, S)
             S.mul_(P)
-            v_part = (P * c).mT @ y
+            v_part = torch.bmm((P * c).mT, y)
             if change is not None:
                 M.baddbmm_(block.of(change), block.V.mT)
                 v_part.baddbmm_(P.mT, block.of(change))
             S1 = torch.ops.aten._softmax_backward_data(M, P, -1, M.dtype)
-            q_part = (S1 @ block.K).baddbmm_(S, block.k).mul_(block.heads.scale)
-            k_part = (S1.mT @ block.Q).baddbmm_(S.mT, block.q)
+            q_part = torch.bmm(S1, block.K).baddbmm_(S, block.k).mul_(block.heads.scale)
+            k_part = torch.bmm(S1.mT, block.Q).baddbmm_(S.mT, block.q)
             block.add(to_q, block.rows, q_part)
             block.add(to_k, block.columns, k_part)
             block.add(to_v, block.columns, v_part)

@@ -36,7 +36,8 @@ def matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
             return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(a, onto, b.mT, None, "add")
     if onto is None:
-        return a @ b
+        # As a @ b, which first makes views for shapes that broadcast.
+        return torch.mm(a, b) if a.ndim == 2 else torch.bmm(a, b)
     return onto.addmm_(a, b) if onto.ndim == 2 else onto.baddbmm_(a, b)
 
 

@@ -119,10 +119,10 @@ class LayerNormalised(Normalised):
         return torch.mul(a, b, out=self._buffer).mean(self._dims, True)
 
     def sums(self, a: Tensor, b: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        t = torch.mul(a, b, out=self._buffer)
-        extra = None if w is None else (t.sum_to_size(self._shape) * w).sum()
-        t = t if self.weight is None else t.mul_(self.weight)
-        return t.sum(self._dims, True), extra
+        t = torch.mul(a, b, out=self._buffer).reshape(-1, self.count)
+        extra = None if w is None else torch.mv(t, w.reshape(-1)).sum()
+        sums = t.sum(1) if self.weight is None else torch.mv(t, self.weight.reshape(-1))
+        return sums.view_as(self.rstd), extra
 
     def over_weight(self, a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum_to_size(self._shape)

@@ -126,6 +126,7 @@ def inner(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tens
 
 
 def real_dot(a: Tensor, b: Tensor) -> Tensor:
+    """The real inner product of two tensors, in at least float32."""
     if a.layout != torch.strided or b.layout != torch.strided:
         return real_dot(a.to_dense(), b.to_dense())
     if a.is_complex():
