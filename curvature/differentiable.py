@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ def derivative_mode(device: torch.device) -> Iterator[None]:
     Under ``no_grad`` the gradient would have no graph, and its derivative be taken for zero;
     under ``autocast`` the products of the derivatives would be rounded to half precision.
     """
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    around = torch.is_autocast_enabled(device.type)
+    plain = torch.autocast(device.type, enabled=False) if around else nullcontext()
+    with torch.enable_grad(), plain:
         yield
 
 

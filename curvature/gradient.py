@@ -43,6 +43,13 @@ def gradient(
         {'x': tensor([1.5000, 6.0000])}
     """
     flat = check_differentiable(losses, params)
+    return flat.rebuild(gradients(losses, flat, retain_graph=retain_graph, accumulate=accumulate))
+
+
+def gradients(
+    losses: Tensor, flat: Flat, *, retain_graph: bool, accumulate: bool
+) -> list[Tensor | None]:
+    """The leaves of :func:`gradient`, where all is checked."""
     weights = torch.full_like(losses, 1 / losses.numel())
     try:
         with derivative_mode(losses.device):
@@ -50,7 +57,7 @@ def gradient(
                 if any(p.grad is not None for p in flat.leaves):
                     raise ValueError("a tensor of params has a gradient already, to be added to")
                 torch.autograd.backward(losses, weights, retain_graph=retain_graph)
-                leaves: list[Any] = [p.grad for p in flat.leaves]
+                leaves: list[Tensor | None] = [p.grad for p in flat.leaves]
             else:
                 leaves = list(
                     torch.autograd.grad(
@@ -68,7 +75,7 @@ def gradient(
             "the loss does not depend on any tensor of params; a function of params must use "
             "the tensors it is given (see curvature.Objective or torch.func.functional_call)"
         )
-    return flat.rebuild(leaves)
+    return leaves
 
 
 def check_differentiable(losses: Any, params: Any) -> Flat:

@@ -14,7 +14,7 @@ from curvature.allocation import large_blocks_apart
 from curvature.differentiable import derivative_mode, twice_differentiable
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
-from curvature.gradient import check_differentiable, gradient
+from curvature.gradient import check_differentiable, gradients
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
 from curvature.reference import DoubleBackward
@@ -157,7 +157,8 @@ class Tape:
             sweep = self._sweep()
             keep = cotangents and not self._low_memory
             with sweep.cotangents.collecting() if sweep and keep else nullcontext():
-                return gradient(losses, params, retain_graph=True, accumulate=accumulate)
+                leaves = gradients(losses, flat, retain_graph=True, accumulate=accumulate)
+        return flat.rebuild(leaves)
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
         """Value, slope <g, v> and curvature v^T H v along ``direction``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,21 @@ SUPPORTED_DTYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Flat:
-    """A checked pytree of parameters: leaves, their names for messages, and the way back."""
+    """A checked pytree of parameters: leaves, their names for messages, and the way back.
+
+    The spec of a list of tensors, which is what optimizers have, is its length.
+    """
 
     leaves: list[Tensor]
-    spec: pytree.TreeSpec
+    spec: pytree.TreeSpec | int
 
     def name(self, k: int, tree: str = "params") -> str:
         """Of leaf k, as "params['weight']"."""
         return tree + _keys(self.rebuild(self.leaves))[k]
 
-    def rebuild(self, leaves: list[Tensor]) -> Any:
+    def rebuild(self, leaves: Sequence[Tensor | None]) -> Any:
+        if isinstance(self.spec, int):
+            return list(leaves)
         return pytree.tree_unflatten(leaves, self.spec)
 
 
@@ -49,7 +54,7 @@ def flatten_params(params: Any) -> Flat:
             "params is an iterator, which can be read only once; pass "
             "dict(model.named_parameters()) or list(model.parameters())"
         )
-    leaves, spec = pytree.tree_flatten(params)
+    leaves, spec = _flatten(params)
     if not leaves:
         raise ValueError(
             "params holds no tensor: there is nothing to differentiate with respect to"
@@ -71,7 +76,7 @@ def flatten_direction(direction: Any, params: Flat, *, argument: str = "directio
         TypeError: a leaf is no tensor, or its dtype differs from its parameter's.
         ValueError: structure, shape or device differ, or an entry is NaN or infinite.
     """
-    leaves, spec = pytree.tree_flatten(direction)
+    leaves, spec = _flatten(direction)
     if spec != params.spec:
         leaves = _in_order(direction, params, argument)
     for k, (leaf, param) in enumerate(zip(leaves, params.leaves, strict=True)):
@@ -83,6 +88,12 @@ def flatten_direction(direction: Any, params: Flat, *, argument: str = "directio
     if bad:
         raise ValueError(f"{', '.join(bad)} holds NaN or infinite entries")
     return [leaf.detach() for leaf in leaves]
+
+
+def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec | int]:
+    if type(tree) is list and all(isinstance(leaf, Tensor) for leaf in tree):
+        return list(tree), len(tree)
+    return pytree.tree_flatten(tree)
 
 
 def _in_order(direction: Any, params: Flat, argument: str) -> list[Any]:

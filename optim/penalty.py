@@ -55,9 +55,11 @@ def is_coupled(base: Optimizer, group: dict[str, Any]) -> bool:
 def penalty_of(base: Optimizer, params: Sequence[Tensor]) -> Penalty:
     """That of ``base``'s weight decay on ``params``; zero where it is decoupled, or not known."""
     weights = {
-        p: float(group.get("weight_decay", 0.0))
+        p: float(group["weight_decay"])
         for group in base.param_groups
-        if is_coupled(base, group)
+        if group.get("weight_decay") and is_coupled(base, group)
         for p in group["params"]
     }
+    if not weights:
+        return Penalty([0.0] * len(params))
     return Penalty([weights.get(p, 0.0) for p in params])

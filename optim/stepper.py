@@ -28,27 +28,30 @@ from optim.trial import Trial
 _HALVINGS = 40  # after which no length of the step is left to speak of
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
-    """A step that is not taken yet.
+    """A step that is not taken yet, made up as one thing follows from another.
 
     Attributes:
-        record: of the step as far as it is known, or of why there is none.
         estimate: of the curvature, where one was due.
         state: what the rule will remember.
+        numbers: of the record, as far as they are known.
     """
 
-    record: StepRecord
     trial: Trial
     line: Line
     estimate: Estimate | None = None
     state: State = field(default_factory=dict)
-
-    def recorded(self, **numbers: Any) -> Plan:
-        return replace(self, record=replace(self.record, **numbers))
+    numbers: dict[str, Any] = field(default_factory=dict)
 
     def skipped(self, why: str) -> Plan:
-        return self.recorded(skipped=why)
+        self.numbers["skipped"] = why
+        return self
+
+    @property
+    def record(self) -> StepRecord:
+        """Of the step, or of why there is none."""
+        return StepRecord(self.line.iteration, self.line.value, **self.numbers)
 
 
 class Stepper:
@@ -126,34 +129,35 @@ class Stepper:
             ell=ell,
             kinetic=kinetic,
         )
-        record = StepRecord(iteration, line.value)
+        plan = Plan(trial, line)
+        numbers = plan.numbers
         if kinetic is not None:
-            record = replace(record, energy=line.value + kinetic.before)
-        plan = Plan(record, trial, line)
+            numbers["energy"] = line.value + kinetic.before
         if not math.isfinite(line.slope) or not math.isfinite(line.squared_norm):
             return plan.skipped("the direction of the base optimizer is NaN or infinite")
-        plan = plan.recorded(slope=line.slope)
+        numbers["slope"] = line.slope
         if due and line.squared_norm > 0:
             found = self._measure(trial, line)
             if isinstance(found, str):
                 return plan.skipped(found)
-            plan = replace(plan, estimate=found)
-            plan = plan.recorded(curvature=found.curvature, magnitude=found.magnitude)
-        r, state = self.rule.choose(line, plan.estimate, self.rule_state)
+            plan.estimate = found
+            numbers["curvature"], numbers["magnitude"] = found.curvature, found.magnitude
+        r, plan.state = self.rule.choose(line, plan.estimate, self.rule_state)
         if isinstance(r, str):
             return plan.skipped(r)
-        plan = replace(plan, state=state).recorded(r=r)
+        numbers["r"] = r
         step = min(ell * r, self._proposer.limit(ratios))
         length = math.sqrt(line.squared_norm)
-        largest = min(torch.finfo(d.dtype).max for d in direction)
+        largest = min(torch.finfo(dtype).max for dtype in {d.dtype for d in direction})
         if not abs(step) * max(1.0, length) < largest:
             return plan.skipped(f"a step of {step:.1e} overflows the parameters' dtype")
         if iteration <= self.checked and step > 0 and (line.slope > 0 or kinetic is not None):
             step = _shortened(trial, line, step)
-        return plan.recorded(step=step)
+        numbers["step"] = step
+        return plan
 
     def _go(self, plan: Plan) -> None:
-        line, step = plan.line, plan.record.step
+        line, step = plan.line, plan.numbers["step"]
         self._proposer.move(step)
         if line.kinetic is not None:
             self.energy = line.kinetic.after(step)

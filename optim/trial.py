@@ -31,6 +31,8 @@ from optim.sharded import is_sharded, local
 
 R = TypeVar("R", bound=Recorder)
 
+_MODERATE = 2.0**16
+
 
 @dataclass(frozen=True, eq=False)
 class Trial:
@@ -161,9 +163,11 @@ class Trial:
     def unit(self, squared_norm: float) -> tuple[list[Tensor], float]:
         """d over a power of two that makes it about unit length, and that power.
 
-        d^T H d itself may leave the range of single precision.
+        d^T H d itself may leave the range of single precision, unless d is of moderate length.
         """
         length = 2.0 ** round(math.log2(squared_norm) / 2)
+        if 1 / _MODERATE <= length <= _MODERATE:
+            return self.direction, 1.0
         return list(torch._foreach_div(self.direction, length)), length
 
 

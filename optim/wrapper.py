@@ -279,7 +279,7 @@ class Wrapper(Optimizer):
         if found.unusable is not None:
             return found, StepRecord(iteration, skipped=found.unusable)
         # The square must be finite too: preconditioners that hold it would never recover.
-        largest = min(torch.finfo(p.dtype).max for p in found.params)
+        largest = min(torch.finfo(dtype).max for dtype in {p.dtype for p in found.params})
         (squared_norm,) = self._setting.ranks.means(found.squared_norm)
         overflowed = not squared_norm <= largest
         if overflowed:
