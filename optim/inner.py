@@ -58,7 +58,7 @@ def _blockwise(a: Tensor, b: Tensor) -> Tensor:
     whole = len(a) - len(a) % _BLOCK
     blocks = a[:whole].view(-1, _BLOCK), b[:whole].view(-1, _BLOCK)
     sums: Tensor = torch.linalg.vecdot(*blocks)
-    return sums.double().sum() + torch.dot(a[whole:], b[whole:]).double()
+    return _with_rest(sums.double().sum(), a[whole:], b[whole:])
 
 
 def _square(a: Tensor) -> Tensor:
@@ -66,8 +66,12 @@ def _square(a: Tensor) -> Tensor:
         return torch.dot(a, a).double()
     # A norm reads once what a product of two would read and write.
     whole = len(a) - len(a) % _BLOCK
-    norms: Tensor = torch.linalg.vector_norm(a[:whole].view(-1, _BLOCK), dim=1)
-    return norms.double().square().sum() + torch.dot(a[whole:], a[whole:]).double()
+    norms = torch.linalg.vector_norm(a[:whole].view(-1, _BLOCK), dim=1).double()
+    return _with_rest(torch.dot(norms, norms), a[whole:], a[whole:])
+
+
+def _with_rest(blocks: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return blocks + torch.dot(a, b).double() if len(a) else blocks
 
 
 def total(numbers: Sequence[Tensor]) -> float:
