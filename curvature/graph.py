@@ -86,6 +86,11 @@ class Call:
         """Zeros like the inputs that move."""
         return tuple(None if edge is None else _zeros(edge) for edge in self.inputs)
 
+    def filled(self, dots: Tensors) -> list[Tensor]:
+        """Tangents of the inputs that move, with zeros where they are None."""
+        pairs = zip(self.inputs, dots, strict=True)
+        return [_zeros(e) if dot is None else dot for e, dot in pairs if e is not None]
+
     def is_complex(self) -> bool:
         """Whether an output or a moving input is complex."""
         kinds = filter(None, (*self.kinds, *self._taken))

@@ -42,6 +42,7 @@ FLOORS = {
             "rules.product",
             "rules.recurrent",
             "rules.softmax",
+            "rules.views",
         },
         {"rules.convolution"},
         {"rules"},

@@ -110,12 +110,25 @@ simple(
     SinBackward0=torch.sin,
     CosBackward0=torch.cos,
     SiluBackward0=F.silu,
+    Expm1Backward0=torch.expm1,
+    AtanBackward0=torch.atan,
+    SinhBackward0=torch.sinh,
+    CoshBackward0=torch.cosh,
+    ErfBackward0=torch.erf,
+    LogSigmoidBackward0=F.logsigmoid,
+    MishBackward0=F.mish,
     NegBackward0=torch.neg,
+    AddBackward1=lambda x: aten.add.Scalar(x, 0.5),
+    SubBackward1=lambda x: aten.sub.Scalar(x, 0.5),
+    RsubBackward1=lambda x: torch.rsub(x, 2, alpha=3),
+    MulBackward1=lambda x: aten.mul.Scalar(x, 3),
+    DivBackward1=lambda x: aten.div.Scalar(x, 3),
     CloneBackward0=torch.clone,
     AliasBackward0=lambda x: aten.alias(x),
     SumBackward0=torch.sum,
     MeanBackward0=torch.mean,
     UnsqueezeBackward0=lambda x: x.unsqueeze(0),
+    UnsqueezeBackward1=lambda x: x.clone().unsqueeze_(0),
     ViewBackward0=lambda x: x.view(-1),
     UnsafeViewBackward0=lambda x: aten._unsafe_view(x, [-1]),
     ReshapeAliasBackward0=lambda x: aten._reshape_alias(x, [x.numel()], [1]),
@@ -131,6 +144,8 @@ simple(
 simple(
     positive,
     LogBackward0=torch.log,
+    Log1PBackward0=torch.log1p,
+    TanBackward0=lambda x: torch.tan(x / 4),
     SqrtBackward0=torch.sqrt,
     RsqrtBackward0=torch.rsqrt,
     ReciprocalBackward0=torch.reciprocal,
@@ -144,6 +159,7 @@ simple(
     ClampMaxBackward0=lambda x: x.clamp_max(0),
     HardtanhBackward0=F.hardtanh,
     LeakyReluBackward0=F.leaky_relu,
+    EluBackward0=lambda x: F.elu(x, 0.7) + F.selu(x),
     ThresholdBackward0=lambda x: F.threshold(x, 0.5, 0.1),
 )
 simple(
@@ -167,6 +183,9 @@ simple(
     SliceBackward0=lambda x: x[:, ::2],
     UnbindBackward0=lambda x: x.unbind(1)[1],
     SplitBackward0=lambda x: x.split(1, 1)[1],
+    UnsafeSplitBackward0=lambda x: x.unsafe_split(1, 1)[1],
+    UnsafeSplitWithSizesBackward0=lambda x: x.unsafe_split_with_sizes([1, x.shape[1] - 1], 1)[1],
+    TransposeBackward1=lambda x: x.clone().transpose_(0, 1),
     SplitWithSizesBackward0=lambda x: x.split([1, x.shape[1] - 1], 1)[1],
     CumsumBackward0=lambda x: x.cumsum(1),
 )
@@ -204,6 +223,11 @@ def _gelu(draw: Any) -> Sample:
 def _pow(draw: Any) -> Sample:
     exponent = draw(st.sampled_from([0, 1, 2, 3, 0.5, -1.5]))
     return lambda x: x.pow(exponent), positive(draw)
+
+
+@sample("RsubBackward0")
+def _rsub(draw: Any) -> Sample:
+    return lambda a, b: torch.rsub(a, b, alpha=1.5), broadcast(draw)
 
 
 @sample("AddBackward0", "SubBackward0")
@@ -397,6 +421,33 @@ def _mse_loss(draw: Any) -> Sample:
     (x,) = vectors(draw)
     reduction = draw(st.sampled_from(["none", "mean", "sum"]))
     return lambda x, y: F.mse_loss(x, y, reduction=reduction), [x, torch.randn(x.shape)]
+
+
+@sample("SmoothL1LossBackward0", "HuberLossBackward0")
+def _huber_loss(draw: Any) -> Sample:
+    (x,) = steep(draw)
+    reduction = draw(st.sampled_from(["none", "mean", "sum"]))
+    bound = draw(st.sampled_from([0.5, 1.0]))
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        smooth = F.smooth_l1_loss(x, y, reduction=reduction, beta=bound)
+        sharp = aten.smooth_l1_loss(x, y, 0, 0.0).sum()
+        return smooth + sharp * F.huber_loss(x, y, reduction=reduction, delta=bound)
+
+    return function, [x, torch.randint(-2, 2, x.shape) * 0.5]
+
+
+@sample("BinaryCrossEntropyWithLogitsBackward0")
+def _bce_with_logits(draw: Any) -> Sample:
+    (x,) = vectors(draw)
+    options: dict[str, Any] = {"reduction": draw(st.sampled_from(["none", "mean", "sum"]))}
+    for name in ("weight", "pos_weight"):
+        if draw(st.booleans()):
+            options[name] = torch.rand(x.shape[-1], dtype=F64) + 0.5
+    return lambda x, t: F.binary_cross_entropy_with_logits(x, t, **options), [
+        x,
+        torch.rand(x.shape),
+    ]
 
 
 SINGLE_PRECISION = {"MkldnnRnnLayerBackward0"}

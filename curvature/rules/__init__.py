@@ -12,6 +12,7 @@ from curvature.rules import (
     product,
     recurrent,
     softmax,
+    views,
 )
 from curvature.rules.local import LocalDoubleBackward
 from curvature.rules.rule import Rule
@@ -29,6 +30,7 @@ __all__ = [
     "recurrent",
     "rule_of",
     "softmax",
+    "views",
 ]
 
 _ANY = LocalDoubleBackward()

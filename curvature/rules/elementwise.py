@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from curvature.graph import Call
 from curvature.rules.table import Elementwise, elementwise, register
@@ -29,9 +30,19 @@ def _exp(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return y.clone()
 
 
+@elementwise("Expm1Backward0")
+def _expm1(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return y.clone()
+
+
 @elementwise("LogBackward0")
 def _log(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y / call.self).neg_()
+
+
+@elementwise("Log1PBackward0")
+def _log1p(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y / (call.self + 1)).neg_()
 
 
 @elementwise("SqrtBackward0")
@@ -69,6 +80,41 @@ def _cos(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return call.self.cos().mul_(x).neg_()
 
 
+@elementwise("TanBackward0")
+def _tan(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.result).mul_(2)
+
+
+@elementwise("AtanBackward0")
+def _atan(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.self).mul_(-2).div_(call.self.square().add_(1))
+
+
+@elementwise("SinhBackward0")
+def _sinh(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return call.self.sinh().mul_(x)
+
+
+@elementwise("CoshBackward0")
+def _cosh(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return call.self.cosh().mul_(x)
+
+
+@elementwise("ErfBackward0")
+def _erf(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.self).mul_(-2)
+
+
+@elementwise("LogSigmoidBackward0")
+def _logsigmoid(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return torch.sigmoid(call.self).mul_(y).neg_()
+
+
+@elementwise("EluBackward0")
+def _elu(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.input_scale).masked_fill_(call.self > 0, 0)
+
+
 @elementwise("SoftplusBackward0")
 def _softplus(call: Call, x: Tensor, y: Tensor) -> Tensor:
     # Beyond the threshold autograd takes f for the identity, and 1 - sigmoid is not quite zero.
@@ -83,6 +129,15 @@ def _silu(call: Call, x: Tensor, y: Tensor) -> Tensor:
     s = torch.sigmoid(call.self)
     slope = s * (1 - s)
     return (1 - 2 * s).mul_(call.self).add_(2).mul_(slope).mul_(x)
+
+
+@elementwise("MishBackward0")
+def _mish(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    # f = t w with w = tanh(softplus(t)), w' = (1 - w²) s and s = sigmoid(t)
+    t = call.self
+    s, w = torch.sigmoid(t), torch.tanh(F.softplus(t))
+    bend = t.mul(1 - s - 2 * w * s).add_(2)
+    return bend.mul_(s).mul_(1 - w * w).mul_(x)
 
 
 @elementwise("GeluBackward0")

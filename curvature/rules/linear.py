@@ -1,4 +1,4 @@
-"""Operations that are linear in what moves: views, indices, sums, pooling, copies."""
+"""Operations that are linear in what moves: sums, multiples, pooling, embedding."""
 
 from __future__ import annotations
 
@@ -7,43 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from curvature.graph import Call
-from curvature.rules.local import Transposition
+from curvature.rules.local import TRANSPOSED
 from curvature.rules.table import linear, register
-
-
-@linear("TBackward0", light=True)
-def _t(call: Call, x: Tensor) -> Tensor:
-    return x.t()
-
-
-@linear("TransposeBackward0", light=True)
-def _transpose(call: Call, x: Tensor) -> Tensor:
-    return x.transpose(call.dim0, call.dim1)
-
-
-@linear("PermuteBackward0", light=True)
-def _permute(call: Call, x: Tensor) -> Tensor:
-    return x.permute(call.dims)
-
-
-@linear("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", light=True)
-def _view(call: Call, x: Tensor) -> Tensor:
-    return x.reshape(call.shape())
-
-
-@linear("ExpandBackward0")
-def _expand(call: Call, x: Tensor) -> Tensor:
-    return x.expand(call.shape())
-
-
-@linear("CloneBackward0", "AliasBackward0", light=True)
-def _same(call: Call, x: Tensor) -> Tensor:
-    return x
-
-
-@linear("UnbindBackward0")
-def _unbind(call: Call, x: Tensor) -> tuple[Tensor, ...]:
-    return x.unbind(call.dim)
 
 
 @linear("AddBackward0", light=True)
@@ -65,6 +30,36 @@ def _weighted_sum(call: Call, x: Tensor | None, y: Tensor | None, alpha: float) 
     return (y if alpha == 1 else y * alpha).expand(call.shape())
 
 
+@linear("AddBackward1", "SubBackward1", light=True)
+def _add_number(call: Call, x: Tensor) -> Tensor:
+    return x
+
+
+@linear("RsubBackward0")
+def _rsub(call: Call, x: Tensor | None, y: Tensor | None = None) -> Tensor:
+    return _weighted_sum(call, y, x, -call.alpha)
+
+
+@linear("RsubBackward1")
+def _rsub_number(call: Call, x: Tensor) -> Tensor:
+    return x * -call.alpha
+
+
+@linear("NegBackward0")
+def _neg(call: Call, x: Tensor) -> Tensor:
+    return -x
+
+
+@linear("MulBackward1")
+def _mul_number(call: Call, x: Tensor) -> Tensor:
+    return x * call.other
+
+
+@linear("DivBackward1")
+def _div_number(call: Call, x: Tensor) -> Tensor:
+    return x / call.other
+
+
 @linear("SumBackward0")
 def _sum(call: Call, x: Tensor) -> Tensor:
     return x.sum()
@@ -83,6 +78,11 @@ def _mean(call: Call, x: Tensor) -> Tensor:
 @linear("MeanBackward1")
 def _mean_over(call: Call, x: Tensor) -> Tensor:
     return x.mean(call.dim, call.keepdim)
+
+
+@linear("CumsumBackward0")
+def _cumsum(call: Call, x: Tensor) -> Tensor:
+    return x.cumsum(call.dim)
 
 
 @linear("EmbeddingBackward0")
@@ -107,55 +107,32 @@ def _avg_pool2d(call: Call, x: Tensor) -> Tensor:
     )
 
 
-@linear("MaxPool2DWithIndicesBackward0")
-def _max_pool2d(call: Call, x: Tensor) -> Tensor:
-    indices = call.result1
-    return x.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
+@linear("AdaptiveAvgPool2DBackward0")
+def _adaptive_avg_pool2d(call: Call, x: Tensor) -> Tensor:
+    return torch.ops.aten._adaptive_avg_pool2d(x, call.shape()[-2:])
 
 
-# Cheap either way, or rare: their own transpose transposed.
+@linear("UpsampleNearest2DBackward0")
+def _upsample_nearest2d(call: Call, x: Tensor) -> Tensor:
+    return torch.ops.aten.upsample_nearest2d(x, call.output_size, call.scales_h, call.scales_w)
+
+
+@linear("UpsampleBilinear2DBackward0")
+def _upsample_bilinear2d(call: Call, x: Tensor) -> Tensor:
+    scales = call.scales_h, call.scales_w
+    return torch.ops.aten.upsample_bilinear2d(x, call.output_size, call.align_corners, *scales)
+
+
+# Rare: their own transpose transposed.
 for _name in (
-    "AdaptiveAvgPool2DBackward0",
     "AdaptiveAvgPool3DBackward0",
     "AsStridedBackward0",
     "AvgPool3DBackward0",
-    "CatBackward0",
-    "ConstantPadNdBackward0",
-    "CumsumBackward0",
-    "DiagonalBackward0",
-    "FlipBackward0",
-    "GatherBackward0",
-    "IndexBackward0",
-    "IndexSelectBackward0",
-    "MaskedFillBackward0",
     "MaskedSelectBackward0",
-    "MaxBackward0",
-    "MinBackward0",
-    "NegBackward0",
     "ReflectionPad1DBackward0",
     "ReflectionPad2DBackward0",
-    "RepeatBackward0",
     "ReplicationPad2DBackward0",
-    "RollBackward0",
-    "SelectBackward0",
-    "SliceBackward0",
-    "SortBackward0",
-    "SplitBackward0",
-    "SplitWithSizesBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "SqueezeBackward4",
-    "StackBackward0",
-    "ToCopyBackward0",
-    "TopkBackward0",
     "TraceBackward0",
-    "TrilBackward0",
-    "TriuBackward0",
     "UnfoldBackward0",
-    "UnsqueezeBackward0",
-    "UpsampleBilinear2DBackward0",
-    "UpsampleNearest2DBackward0",
-    "WhereBackward0",
 ):
-    register(_name, Transposition())
+    register(_name, TRANSPOSED)

@@ -28,6 +28,9 @@ class Transposition(Rule):
         return outputs, self.plus_tangent(call, ddots, (None,) * len(outputs))
 
 
+TRANSPOSED = Transposition()
+
+
 class LocalDoubleBackward(Rule):
     """Any operation whose backward pass autograd differentiates.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from curvature.graph import Call, Tensors
 from curvature.rules.table import Linear, general, register
@@ -14,14 +15,60 @@ from curvature.rules.table import Linear, general, register
 @general("MseLossBackward0")
 def _mse_loss(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] | Tensor:
     # (a - b)², reduced
+    moved = _difference(call, dots)
+    out = _reduced(call, 2 * (call.self - call.target) * moved)
+    return (out, _reduced(call, 2 * moved * moved)) if bend else out
+
+
+def _difference(call: Call, dots: Tensors) -> Tensor:
+    """How the residual moves."""
     a, b = dots
     moved = torch.zeros_like(call.self)
     if a is not None:
         moved = moved + a
-    if b is not None:
-        moved = moved - b
-    out = _reduced(call, 2 * (call.self - call.target) * moved)
-    return (out, _reduced(call, 2 * moved * moved)) if bend else out
+    return moved if b is None else moved - b
+
+
+@general("SmoothL1LossBackward0")
+def _smooth_l1_loss(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] | Tensor:
+    # r²/(2 beta) for a residual r = a - b within beta, abs(r) - beta/2 beyond
+    return _huber(call, dots, bend, call.beta, 1.0)
+
+
+@general("HuberLossBackward0")
+def _huber_loss(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] | Tensor:
+    return _huber(call, dots, bend, call.delta, call.delta)
+
+
+def _huber(
+    call: Call, dots: Tensors, bend: bool, inside: float, steepest: float
+) -> tuple[Tensor, Tensor] | Tensor:
+    """Of an even loss whose slope rises to its steepest where the residual reaches ``inside``."""
+    residual, moved = call.self - call.target, _difference(call, dots)
+    # Without an inside this is abs(r).
+    rate = steepest / inside if inside > 0 else 0.0
+    within = residual.abs() < inside
+    out = _reduced(call, torch.where(within, rate * residual, steepest * residual.sign()) * moved)
+    return (out, _reduced(call, torch.where(within, rate * moved * moved, 0))) if bend else out
+
+
+@general("BinaryCrossEntropyWithLogitsBackward0")
+def _bce_with_logits(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] | Tensor:
+    # (1 - t) z + c log(1 + exp(-z)) with c = 1 + (pos_weight - 1) t
+    (x, y), z, t = dots, call.self, call.target
+    extra = 0 if call.pos_weight is None else call.pos_weight - 1
+    c, rest = 1 + extra * t, torch.sigmoid(-z)
+    weight = 1 if call.weight is None else call.weight
+    out, second = torch.zeros_like(z), torch.zeros_like(z)
+    if x is not None:
+        out = out + (1 - t - c * rest) * x
+        second = c * rest * (1 - rest) * x * x
+    if y is not None:
+        out = out + (extra * F.softplus(-z) - z) * y
+    if x is not None and y is not None:
+        second = second - 2 * (1 + extra * rest) * x * y
+    out = _reduced(call, weight * out)
+    return (out, _reduced(call, weight * second)) if bend else out
 
 
 def _reduced(call: Call, losses: Tensor) -> Tensor:

@@ -1,0 +1,184 @@
+"""Operations that hand entries on: views, parts, rearrangements, masks, copies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from curvature.graph import Call
+from curvature.rules.local import TRANSPOSED
+from curvature.rules.rule import Rule
+from curvature.rules.table import Linear, linear, register
+
+
+@linear("TBackward0", light=True)
+def _t(call: Call, x: Tensor) -> Tensor:
+    return x.t()
+
+
+@linear("TransposeBackward0", "TransposeBackward1", light=True)
+def _transpose(call: Call, x: Tensor) -> Tensor:
+    return x.transpose(call.dim0, call.dim1)
+
+
+@linear("PermuteBackward0", light=True)
+def _permute(call: Call, x: Tensor) -> Tensor:
+    return x.permute(call.dims)
+
+
+@linear(
+    "ReshapeAliasBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
+    "SqueezeBackward2",
+    "SqueezeBackward4",
+    "UnsafeViewBackward0",
+    "UnsqueezeBackward0",
+    "UnsqueezeBackward1",
+    "ViewBackward0",
+    light=True,
+)
+def _view(call: Call, x: Tensor) -> Tensor:
+    return x.reshape(call.shape())
+
+
+@linear("ExpandBackward0")
+def _expand(call: Call, x: Tensor) -> Tensor:
+    return x.expand(call.shape())
+
+
+@linear("CloneBackward0", "AliasBackward0", light=True)
+def _same(call: Call, x: Tensor) -> Tensor:
+    return x
+
+
+@linear("ToCopyBackward0")
+def _to_copy(call: Call, x: Tensor) -> Tensor:
+    like = call.node._input_metadata[0]
+    return x.to(like.device, like.dtype)
+
+
+@linear("SelectBackward0")
+def _select(call: Call, x: Tensor) -> Tensor:
+    return x.select(call.dim, call.index)
+
+
+@linear("SliceBackward0")
+def _slice(call: Call, x: Tensor) -> Tensor:
+    return torch.ops.aten.slice(x, call.dim, call.start, call.end, call.step)
+
+
+@linear("SplitBackward0", "UnsafeSplitBackward0")
+def _split(call: Call, x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, call.split_size, call.dim)
+
+
+@linear("SplitWithSizesBackward0", "UnsafeSplitWithSizesBackward0")
+def _split_with_sizes(call: Call, x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, list(call.split_sizes), call.dim)
+
+
+@linear("DiagonalBackward0")
+def _diagonal(call: Call, x: Tensor) -> Tensor:
+    return x.diagonal(call.offset, call.dim1, call.dim2)
+
+
+@linear("FlipBackward0")
+def _flip(call: Call, x: Tensor) -> Tensor:
+    return x.flip(call.dims)
+
+
+@linear("RollBackward0")
+def _roll(call: Call, x: Tensor) -> Tensor:
+    return x.roll(call.shifts, call.dims)
+
+
+@linear("RepeatBackward0")
+def _repeat(call: Call, x: Tensor) -> Tensor:
+    return x.repeat(call.repeats)
+
+
+@linear("ConstantPadNdBackward0")
+def _constant_pad_nd(call: Call, x: Tensor) -> Tensor:
+    return F.pad(x, call.pad)
+
+
+@linear("TrilBackward0")
+def _tril(call: Call, x: Tensor) -> Tensor:
+    return x.tril(call.diagonal)
+
+
+@linear("TriuBackward0")
+def _triu(call: Call, x: Tensor) -> Tensor:
+    return x.triu(call.diagonal)
+
+
+@linear("IndexBackward0")
+def _index(call: Call, x: Tensor) -> Tensor:
+    return torch.ops.aten.index(x, call.indices)
+
+
+@linear("IndexSelectBackward0")
+def _index_select(call: Call, x: Tensor) -> Tensor:
+    return x.index_select(call.dim, call.index)
+
+
+@linear("GatherBackward0")
+def _gather(call: Call, x: Tensor) -> Tensor:
+    return x.gather(call.dim, call.index)
+
+
+@linear("MaskedFillBackward0")
+def _masked_fill(call: Call, x: Tensor) -> Tensor:
+    return x.masked_fill(call.mask, 0)
+
+
+@linear("WhereBackward0")
+def _where(call: Call, x: Tensor | None, y: Tensor | None) -> Tensor:
+    shape, dtype = call.kinds[0]
+    out = torch.where(call.condition, 0 if x is None else x, 0 if y is None else y)
+    return out.to(dtype).expand(shape)
+
+
+class _Joined(Linear):
+    """What is made of a list of tensors."""
+
+    def of(self, call: Call) -> Rule:
+        # Nothing tells the shape of one that does not move.
+        return TRANSPOSED if None in call.inputs else self
+
+
+def _cat(call: Call, *dots: Tensor | None) -> Tensor:
+    return torch.cat(call.filled(dots), call.dim)
+
+
+def _stack(call: Call, *dots: Tensor | None) -> Tensor:
+    return torch.stack(call.filled(dots), call.dim)
+
+
+register("CatBackward0", _Joined(_cat))
+register("StackBackward0", _Joined(_stack))
+
+
+@linear("UnbindBackward0")
+def _unbind(call: Call, x: Tensor) -> tuple[Tensor, ...]:
+    return x.unbind(call.dim)
+
+
+@linear("SortBackward0", "TopkBackward0")
+def _sort(call: Call, x: Tensor) -> Tensor:
+    return x.gather(call.dim, call.indices)
+
+
+@linear("MaxBackward0", "MinBackward0")
+def _extreme(call: Call, x: Tensor) -> Tensor:
+    if call.keepdim or x.ndim == 0:
+        return _sort(call, x)
+    return x.gather(call.dim, call.indices.unsqueeze(call.dim)).squeeze(call.dim)
+
+
+@linear("MaxPool2DWithIndicesBackward0")
+def _max_pool2d(call: Call, x: Tensor) -> Tensor:
+    indices = call.result1
+    return x.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
