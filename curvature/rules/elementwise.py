@@ -60,6 +60,14 @@ def _reciprocal(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.result).mul_(-2)
 
 
+@elementwise("PowBackward0")
+def _pow(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    k = call.exponent
+    if k in (0, 1, 2):
+        return x * (k * (k - 1))
+    return call.self.pow(k - 2).mul_(k * (k - 1)).mul_(x)
+
+
 @elementwise("TanhBackward0")
 def _tanh(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.result).mul_(-2)

@@ -1,15 +1,14 @@
-"""Products, quotients and powers, entry by entry with broadcasting."""
+"""Products and quotients, entry by entry with broadcasting."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
 from curvature.rules.rule import add
-from curvature.rules.table import General, general, register
+from curvature.rules.table import General, register
 
 
 class _Mul(General):
@@ -50,7 +49,34 @@ def _mul(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] 
 register("MulBackward0", _Mul())
 
 
-@general("DivBackward0")
+class _Div(General):
+    def __init__(self) -> None:
+        super().__init__(_div)
+
+    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+        outputs = self.tangent(call, dots)
+        return outputs, outputs
+
+    def turn(
+        self,
+        call: Call,
+        dots: Tensors,
+        cotangents: Tensors,
+        turned: Tensors,
+        kept: Tensors,
+    ) -> Tensors:
+        """The backward pass is a^ = y^ / b, b^ = -a^ y; so a^' = (y^' - a^ b') / b."""
+        (_, b), (y,), (change,) = dots, cotangents, turned
+        back = None if y is None else y / call.other
+        if back is not None and b is not None:
+            change = add(change, -back * b)
+        to_a = None if change is None else change / call.other
+        to_b = None
+        if call.inputs[1] is not None:
+            to_b = add(_times(to_a, call.self / call.other), _times(back, kept[0]))
+        return call.fitted([to_a, None if to_b is None else -to_b])
+
+
 def _div(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] | Tensor:
     # b y = a: y' = (a' - y b') / b and y'' = -2 y' b' / b
     a, b = dots
@@ -63,13 +89,4 @@ def _div(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] 
     return (out, -2 * out * b / call.other) if bend else out
 
 
-@general("PowBackward0")
-def _pow(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] | Tensor:
-    (x,) = dots
-    assert x is not None
-    k, base = call.exponent, call.self
-    out = torch.zeros_like(x) if k == 0 else k * base.pow(k - 1) * x
-    if not bend:
-        return out
-    second = torch.zeros_like(x) if k in (0, 1) else k * (k - 1) * base.pow(k - 2) * x * x
-    return out, second
+register("DivBackward0", _Div())
