@@ -96,7 +96,7 @@ class Bilinear(Rule):
     ) -> tuple[Tensor, Tensor]:
         """One product instead of two for B(a, B) + B(A, b), where y = B(A, B) + bias is known.
 
-        B(A + t a, B + t b) = B(A, B) + t (B(A, b) + B(a, B)) + t² B(a, b), as in Karatsuba's
+        B(A + t a, b + B/t) = B(A, B)/t + B(A, b) + B(a, B) + t B(a, b), as in Karatsuba's
         product. With t = ‖B‖ / ‖b‖ the rounding of the difference is that of the two products,
         since B(A, B) / t is then of the size of B(A, b), and t B(a, b) of B(a, B); with
         t = ‖A‖ / ‖a‖ likewise.
@@ -109,18 +109,21 @@ class Bilinear(Rule):
             still = None if bias is None else self._added(call, bias) / t
             rest = add(still, None if c is None else self._added(call, c))
 
-        half = self._rounded(call, a, b)
-        out = self._rounded(call, torch.add(A, a, alpha=t), torch.add(B, b, alpha=t))
-        out.sub_(y).sub_(half, alpha=t * t)
-        out = out.div_(t) if rest is None else torch.add(rest, out, alpha=1 / t, out=out)
-        return out, half if cotangent is None else real_dot(cotangent, half)
+        half = self._rounded(call, a, b, None)
+        bend = half if cotangent is None else real_dot(cotangent, half)
+        known = y / -t if rest is None else torch.add(rest, y, alpha=-1 / t)
+        known.sub_(half, alpha=t)
+        del half
+        both = torch.add(A, a, alpha=t), torch.add(b, B, alpha=1 / t)
+        return self._rounded(call, *both, known), bend
 
-    def _rounded(self, call: Call, a: Tensor, b: Tensor) -> Tensor:
-        """B(a, b) in the dtype of :func:`products_in`."""
+    def _rounded(self, call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
+        """B(a, b) in the dtype of :func:`products_in`, plus ``onto``."""
         dtype = product_dtype.get()
         if dtype is None:
-            return self._product(call, a, b, None)
-        return self._product(call, a.to(dtype), b.to(dtype), None).to(a.dtype)
+            return self._product(call, a, b, onto)
+        product = self._product(call, a.to(dtype), b.to(dtype), None).to(a.dtype)
+        return product if onto is None else onto.add_(product)
 
     def _plus(self, call: Call, out: Tensor | None, c: Tensor | None) -> Tensor:
         """Add the tangent of the input that is only added."""
