@@ -31,7 +31,7 @@ from optim.sharded import is_sharded, local
 
 R = TypeVar("R", bound=Recorder)
 
-_MODERATE = 2.0**16
+_MODERATE = 2.0**16  # times 1, up or down
 
 
 @dataclass(frozen=True, eq=False)

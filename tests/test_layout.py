@@ -35,6 +35,7 @@ FLOORS = {
         {
             "rules.attention",
             "rules.bilinear",
+            "rules.choice",
             "rules.elementwise",
             "rules.linear",
             "rules.loss",

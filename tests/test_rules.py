@@ -161,6 +161,9 @@ simple(
     LeakyReluBackward0=F.leaky_relu,
     EluBackward0=lambda x: F.elu(x, 0.7) + F.selu(x),
     ThresholdBackward0=lambda x: F.threshold(x, 0.5, 0.1),
+    HardshrinkBackward0=F.hardshrink,
+    SoftshrinkBackward0=F.softshrink,
+    SignBackward0=lambda x: x.sign() * x,
 )
 simple(
     distinct,
@@ -241,6 +244,26 @@ def _reduction(draw: Any) -> Sample:
     (x,) = vectors(draw)
     dim, keep = dim_of(draw, x.ndim), draw(st.booleans())
     return lambda x: x.sum(dim, keep) + x.mean(dim, keep) + x.sum(dim, True).squeeze(dim).sum(), [x]
+
+
+@sample("AmaxBackward0", "AminBackward0", "MaxBackward1", "MinBackward1")
+def _extremes(draw: Any) -> Sample:
+    x = torch.randint(3, (size(draw), size(draw, 1, 5)))
+    dims, keep = draw(st.sampled_from([(), 0, -1, (0, 1)])), draw(st.booleans())
+    return lambda x: x.amax(dims, keep) * x.amin(dims, keep) + x.max() * x.min(), [x]
+
+
+@sample("MaximumBackward0", "MinimumBackward0")
+def _larger(draw: Any) -> Sample:
+    a, b = (x.round() for x in broadcast(draw))
+    return lambda a, b: torch.maximum(a, b) + 2 * torch.minimum(a, b), [a, b]
+
+
+@sample("LogsumexpBackward0")
+def _logsumexp(draw: Any) -> Sample:
+    (x,) = vectors(draw)
+    dims, keep = draw(st.sampled_from([0, -1, tuple(range(x.ndim))])), draw(st.booleans())
+    return lambda x: x.logsumexp(dims, keep) + x.sum().logsumexp(0), [x]
 
 
 @sample("SqueezeBackward2")

@@ -4,6 +4,7 @@ from curvature.graph import Call
 from curvature.rules import (
     attention,
     bilinear,
+    choice,
     convolution,
     elementwise,
     linear,
@@ -21,6 +22,7 @@ from curvature.rules.table import find
 __all__ = [
     "attention",
     "bilinear",
+    "choice",
     "convolution",
     "elementwise",
     "linear",

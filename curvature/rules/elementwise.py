@@ -17,9 +17,12 @@ for _name in (
     "ClampBackward1",
     "ClampMinBackward0",
     "ClampMaxBackward0",
+    "HardshrinkBackward0",
     "HardtanhBackward0",
     "LeakyReluBackward0",
     "ReluBackward0",
+    "SignBackward0",
+    "SoftshrinkBackward0",
     "ThresholdBackward0",
 ):
     register(_name, Elementwise(None))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature.graph import Call, Tensors
 from curvature.rules.rule import IN_CACHE, Rule, add
-from curvature.rules.table import register
+from curvature.rules.table import general, register
 
 
 class _LogSoftmax(Rule):
@@ -149,6 +149,20 @@ def _project(call: Call, t: Tensor) -> Tensor:
     """p (t - E_p t)."""
     p = call.result
     return torch.ops.aten._softmax_backward_data(t, p, call.dim, p.dtype)
+
+
+@general("LogsumexpBackward0")
+def _logsumexp(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] | Tensor:
+    """With p = exp(x - y): y' = E_p x' and y'' = E_p (x' - y')²."""
+    (x,) = dots
+    assert x is not None
+    dims = [dim % x.ndim for dim in call.dim] if x.ndim else []
+    kept = [1 if k in dims else n for k, n in enumerate(x.shape)]
+    p = (call.self - call.result.view(kept)).exp()
+    out = (p * x).sum(dims, True)
+    second = (p * (x - out).square()).sum(dims, True) if bend else out
+    shape = call.shape()
+    return (out.view(shape), second.view(shape)) if bend else out.view(shape)
 
 
 register("LogSoftmaxBackward0", _LogSoftmax())

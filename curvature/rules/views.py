@@ -164,21 +164,3 @@ register("StackBackward0", _Joined(_stack))
 @linear("UnbindBackward0")
 def _unbind(call: Call, x: Tensor) -> tuple[Tensor, ...]:
     return x.unbind(call.dim)
-
-
-@linear("SortBackward0", "TopkBackward0")
-def _sort(call: Call, x: Tensor) -> Tensor:
-    return x.gather(call.dim, call.indices)
-
-
-@linear("MaxBackward0", "MinBackward0")
-def _extreme(call: Call, x: Tensor) -> Tensor:
-    if call.keepdim or x.ndim == 0:
-        return _sort(call, x)
-    return x.gather(call.dim, call.indices.unsqueeze(call.dim)).squeeze(call.dim)
-
-
-@linear("MaxPool2DWithIndicesBackward0")
-def _max_pool2d(call: Call, x: Tensor) -> Tensor:
-    indices = call.result1
-    return x.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
