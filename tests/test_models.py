@@ -391,15 +391,20 @@ def test_a_loss_near_zero_keeps_its_digits() -> None:
     logits = torch.tensor([[14.0, 0.0, 1.0], [0.5, 13.0, 0.0]])
     v, y = torch.randn(2, 3), torch.tensor([0, 1])
 
-    def losses(z: Tensor) -> Tensor:
+    def entropy(z: Tensor) -> Tensor:
         return F.cross_entropy(z, y, reduction="none")
 
-    exact = directional(losses, logits.double(), v.double(), per_sample=True).per_sample
-    fast = directional(losses, logits, v, per_sample=True).per_sample
-    assert exact is not None
-    assert fast is not None
-    torch.testing.assert_close(fast.slope.double(), exact.slope, rtol=1e-5, atol=0)
-    torch.testing.assert_close(fast.curvature.double(), exact.curvature, rtol=1e-5, atol=0)
+    def binary(z: Tensor) -> Tensor:
+        truth = (z > 5).to(z)
+        return F.binary_cross_entropy_with_logits(2 * z - 10, truth, reduction="none").sum(1)
+
+    for losses in (entropy, binary):
+        exact = directional(losses, logits.double(), v.double(), per_sample=True).per_sample
+        fast = directional(losses, logits, v, per_sample=True).per_sample
+        assert exact is not None
+        assert fast is not None
+        torch.testing.assert_close(fast.slope.double(), exact.slope, rtol=1e-5, atol=0)
+        torch.testing.assert_close(fast.curvature.double(), exact.curvature, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

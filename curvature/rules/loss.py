@@ -57,12 +57,13 @@ def _bce_with_logits(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Ten
     # (1 - t) z + c log(1 + exp(-z)) with c = 1 + (pos_weight - 1) t
     (x, y), z, t = dots, call.self, call.target
     extra = 0 if call.pos_weight is None else call.pos_weight - 1
-    c, rest = 1 + extra * t, torch.sigmoid(-z)
+    # Not 1 minus the other, which loses the digits of a loss that is nearly zero.
+    s, rest = torch.sigmoid(z), torch.sigmoid(-z)
     weight = 1 if call.weight is None else call.weight
     out, second = torch.zeros_like(z), torch.zeros_like(z)
     if x is not None:
-        out = out + (1 - t - c * rest) * x
-        second = c * rest * (1 - rest) * x * x
+        out = out + ((1 - t) * s - (1 + extra) * t * rest) * x
+        second = (1 + extra * t) * s * rest * x * x
     if y is not None:
         out = out + (extra * F.softplus(-z) - z) * y
     if x is not None and y is not None:
