@@ -75,7 +75,7 @@ class Call:
         return {edge: GradientEdge(*edge) for edge in self.inputs if edge is not None}
 
     def shape(self, output: int = 0) -> torch.Size:
-        """Of an output."""
+        """The shape of an output."""
         return self.kinds[output][0]
 
     def zeros(self) -> list[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call
+from curvature.rules.rule import against
 from curvature.rules.table import linear
 
 
@@ -31,21 +32,17 @@ def _max_pool2d(call: Call, x: Tensor) -> Tensor:
 
 @linear("AmaxBackward0", "AminBackward0")
 def _amax(call: Call, x: Tensor) -> Tensor:
-    return _chosen(call, x, call.dim or range(x.ndim))
+    return _chosen(call, x, call.dim or tuple(range(x.ndim)))
 
 
 @linear("MaxBackward1", "MinBackward1")
 def _max_of_all(call: Call, x: Tensor) -> Tensor:
-    return _chosen(call, x, range(x.ndim))
+    return _chosen(call, x, tuple(range(x.ndim)))
 
 
 def _chosen(call: Call, x: Tensor, dims: Sequence[int]) -> Tensor:
     """The mean over those that tie."""
-    if x.ndim == 0:
-        return x
-    dims = [dim % x.ndim for dim in dims]
-    kept = [1 if k in dims else n for k, n in enumerate(x.shape)]
-    ties = (call.self == call.result.view(kept)).to(x.dtype)
+    ties = (call.self == against(x, call.result, dims)).to(x.dtype)
     return ((x * ties).sum(dims, True) / ties.sum(dims, True)).view(call.shape())
 
 

@@ -28,13 +28,8 @@ for _name in (
     register(_name, Elementwise(None))
 
 
-@elementwise("ExpBackward0")
+@elementwise("ExpBackward0", "Expm1Backward0")
 def _exp(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return y.clone()
-
-
-@elementwise("Expm1Backward0")
-def _expm1(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return y.clone()
 
 

@@ -43,7 +43,9 @@ def _mul(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] 
     if b is not None:
         out = b * call.self if out is None else out + b * call.self
     assert out is not None
-    return (out, _times(a, None if b is None else b * 2)) if bend else out
+    if not bend:
+        return out
+    return out, None if a is None or b is None else a * b * 2
 
 
 register("MulBackward0", _Mul())

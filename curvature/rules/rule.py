@@ -118,6 +118,12 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
+def against(x: Tensor, reduced: Tensor, dims: Sequence[int]) -> Tensor:
+    """What x was reduced to over these dimensions, in a shape that broadcasts against x."""
+    gone = {dim % max(1, x.ndim) for dim in dims}
+    return reduced.view([1 if k in gone else n for k, n in enumerate(x.shape)])
+
+
 def inner(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor | None:
     """The real inner product of two lists of tensors, in which None is zero."""
     pairs = zip(left, right, strict=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.rule import IN_CACHE, Rule, add
+from curvature.rules.rule import IN_CACHE, Rule, add, against
 from curvature.rules.table import general, register
 
 
@@ -156,9 +156,8 @@ def _logsumexp(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] |
     """With p = exp(x - y): y' = E_p x' and y'' = E_p (x' - y')²."""
     (x,) = dots
     assert x is not None
-    dims = [dim % x.ndim for dim in call.dim] if x.ndim else []
-    kept = [1 if k in dims else n for k, n in enumerate(x.shape)]
-    p = (call.self - call.result.view(kept)).exp()
+    dims = call.dim
+    p = (call.self - against(x, call.result, dims)).exp()
     out = (p * x).sum(dims, True)
     second = (p * (x - out).square()).sum(dims, True) if bend else out
     shape = call.shape()
