@@ -30,7 +30,14 @@ FLOORS = {
         },
         {"graph"},
         {"quadratic"},
-        {"gradient", "reference", "rules.rule", "rules.matmul", "rules.normalised"},
+        {
+            "gradient",
+            "reference",
+            "rules.karatsuba",
+            "rules.matmul",
+            "rules.normalised",
+            "rules.rule",
+        },
         {"rules.table", "rules.local", "rules.precision"},
         {
             "rules.attention",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
+from curvature.rules.karatsuba import karatsuba
 from curvature.rules.matmul import matmul
 from curvature.rules.precision import product_dtype
 from curvature.rules.rule import Rule, add, real_dot
@@ -94,28 +95,23 @@ class Bilinear(Rule):
         bias: Tensor | None,
         cotangent: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """One product instead of two for B(a, B) + B(A, b), where y = B(A, B) + bias is known.
-
-        B(A + t a, b + B/t) = B(A, B)/t + B(A, b) + B(a, B) + t B(a, b), as in Karatsuba's
-        product. With t = ‖B‖ / ‖b‖ the rounding of the difference is that of the two products,
-        since B(A, B) / t is then of the size of B(A, b), and t B(a, b) of B(a, B); with
-        t = ‖A‖ / ‖a‖ likewise.
-        """
-        A, B = getattr(call, self._left), getattr(call, self._right)
+        """Where y = B(A, B) + bias is known."""
         y = y.reshape(call.shape())
-        t = _balance((A, a), (B, b))
-        rest = None
-        if self._added is not None:
+
+        def onto(t: float) -> Tensor:
+            if self._added is None:
+                return y / -t
             still = None if bias is None else self._added(call, bias) / t
             rest = add(still, None if c is None else self._added(call, c))
+            return y / -t if rest is None else torch.add(rest, y, alpha=-1 / t)
 
-        half = self._rounded(call, a, b, None)
-        bend = half if cotangent is None else real_dot(cotangent, half)
-        known = y / -t if rest is None else torch.add(rest, y, alpha=-1 / t)
-        known.sub_(half, alpha=t)
-        del half
-        both = torch.add(A, a, alpha=t), torch.add(b, B, alpha=1 / t)
-        return self._rounded(call, *both, known), bend
+        return karatsuba(
+            partial(self._rounded, call),
+            (getattr(call, self._left), a),
+            (getattr(call, self._right), b),
+            onto,
+            lambda half: half if cotangent is None else real_dot(cotangent, half),
+        )
 
     def _rounded(self, call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
         """B(a, b) in the dtype of :func:`products_in`, plus ``onto``."""
@@ -187,15 +183,6 @@ class Bilinear(Rule):
                 assert self._summed is not None
                 to[place] = self._summed(call, change)
         return call.fitted(to)
-
-
-def _balance(*pairs: tuple[Tensor, Tensor]) -> float:
-    """The power of two next to ‖A‖ / ‖a‖ of the smaller pair; one that has a zero has no say."""
-    for value, move in sorted(pairs, key=lambda pair: pair[0].numel()):
-        norms = torch.stack(torch._foreach_norm([value, move])).tolist()
-        if min(norms) > 0 and math.isfinite(sum(norms)):
-            return 2.0 ** max(-60, min(60, round(math.log2(norms[0] / norms[1]))))
-    return 1.0
 
 
 def _matmul(call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:

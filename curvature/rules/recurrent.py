@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
+from curvature.rules.karatsuba import karatsuba
 from curvature.rules.matmul import matmul
 from curvature.rules.precision import multiply
-from curvature.rules.rule import Rule
+from curvature.rules.rule import Rule, real_dot
 from curvature.rules.table import register
 
 _LSTM = 2  # as torch numbers its kinds of recurrent layers
@@ -25,9 +26,9 @@ class _Layer:
     the direction of the layer; ``c[0]`` is the state before the first step.
 
     Attributes:
-        slope: of the gates' functions, and ``bend`` their second derivative.
-        weights: ``c' = f c'_before + <weights, (i', f', g')>``.
-        out_slope: ``h' = tanh(c) o' + out_slope c'``.
+        slope: of the gates' functions; their second derivative is ``slope curl``.
+        gains: ``c' = f c'_before + gains_i a_i' + gains_f a_f' + gains_g a_g'``.
+        out_slope: ``h' = gains_o a_o' + out_slope c'``.
     """
 
     def __init__(self, call: Call) -> None:
@@ -38,30 +39,32 @@ class _Layer:
         self.x = self.rows(call.input)
         first = call.hx_.view(1, self.batch, self.size)
         self.h_before = torch.cat([first, h[:-1]]).flatten(0, 1)
-        a = matmul(self.h_before, self.u.t(), matmul(self.x, self.w.t()))
+        self.from_x = matmul(self.x, self.w.t())
+        a = matmul(self.h_before, self.u.t()).add_(self.from_x)
         if call.has_biases:
             a.add_(call.weight2 + call.weight3)
         a = a.view(self.steps, self.batch, 4, self.size)
         self.s = torch.sigmoid(a)
-        self.s[:, :, 2] = torch.tanh(a[:, :, 2])
+        self.s[:, :, 2] = torch.tanh(a[:, :, 2].contiguous())
         i, f, g, o = self.s.unbind(2)
-        added = i * g
         self.c = h.new_empty(self.steps + 1, self.batch, self.size)
         self.c[0] = call.cx_.view(self.batch, self.size)
+        torch.mul(i, g, out=self.c[1:])
+        c, forget = _by_step(self.c, f)
         for t in range(self.steps):
-            torch.addcmul(added[t], f[t], self.c[t], out=self.c[t + 1])
+            c[t + 1].addcmul_(forget[t], c[t])
         self.tanh_c = torch.tanh(self.c[1:])
         self.tanh_slope = 1 - self.tanh_c * self.tanh_c
         self.slope = self.s * (1 - self.s)
         self.slope[:, :, 2] = 1 - g * g
-        self.weights = torch.stack([g, self.c[:-1], i], 2)
+        self.gains = torch.stack([g, self.c[:-1], i, self.tanh_c], 2).mul_(self.slope)
         self.out_slope = o * self.tanh_slope
 
     @cached_property
-    def bend(self) -> Tensor:
-        bend = self.slope * (1 - 2 * self.s)
-        bend[:, :, 2] = -2 * self.s[:, :, 2] * self.slope[:, :, 2]
-        return bend
+    def curl(self) -> Tensor:
+        curl = 1 - 2 * self.s
+        curl[:, :, 2] = -2 * self.s[:, :, 2]
+        return curl
 
     def along_time(self, sequence: Tensor) -> Tensor:
         return sequence.flip(0) if self.call.reverse else sequence
@@ -70,76 +73,80 @@ class _Layer:
         """A sequence in the direction of the layer, as a matrix."""
         return self.along_time(sequence).flatten(0, 1)
 
-    def linear(self, dots: Tensors) -> Tensor:
-        """How a moves with x, W, U and b: all but what comes by h_before."""
+    def linear(self, dots: Tensors) -> tuple[Tensor, Tensor | None]:
+        """How a moves with x, W, U and b, all but what comes by h_before; and x' W'^T."""
         x, w, u, b0, b1, *_ = dots
-        a = None
-        for left, right in (
-            (None if x is None else self.rows(x), self.w),
-            (self.x, w),
-            (self.h_before, u),
-        ):
-            if left is not None and right is not None:
-                a = multiply(left, right.t(), a)
+        a = half = None
+        if x is not None and w is not None:
+            left, right = (self.x, self.rows(x)), (self.w.t(), w.t())
+            a, half = karatsuba(multiply, left, right, lambda t: self.from_x / -t, lambda h: h)
+        elif x is not None:
+            a = multiply(self.rows(x), self.w.t())
+        elif w is not None:
+            a = multiply(self.x, w.t())
+        if u is not None:
+            a = multiply(self.h_before, u.t(), a)
         a = self.x.new_zeros(len(self.x), 4 * self.size) if a is None else a
         for b in (b0, b1):
             if b is not None:
                 a.add_(b)
-        return a
+        return a, half
 
     def push(
         self,
         a: Tensor,
         h: Tensor | None,
         c: Tensor | None,
-        added: tuple[Tensor, Tensor, Tensor] | None = None,
+        added: tuple[Tensor, Tensor] | None = None,
     ) -> _Moved:
         """The linear recurrence of tangents along time.
 
         Args:
             a: what moves a besides h_before; it is written to.
             h, c: of the states before the first step.
-            added: what is added to s, c and h at each step.
+            added: what is added to c and h at each step.
         """
         shape = (self.steps + 1, self.batch, self.size)
-        s, cs, hs = torch.empty_like(self.s), a.new_zeros(shape), a.new_zeros(shape)
+        moved = _Moved(a.view_as(self.s), a.new_zeros(shape), a.new_zeros(shape))
         if h is not None:
-            hs[0] = h.view(shape[1:])
+            moved.h[0] = h.view(shape[1:])
         if c is not None:
-            cs[0] = c.view(shape[1:])
-        a = a.view(self.steps, self.batch, -1)
-        f, transposed = self.s[:, :, 1], self.u.t().contiguous()
+            moved.c[0] = c.view(shape[1:])
+        if added is not None:
+            moved.c[1:], moved.h[1:] = added
+        u = self.u.t().contiguous()
+        rows, cs, hs = _by_step(moved.a.flatten(2), moved.c, moved.h)
+        i, f, g, o = _by_step(*moved.a.unbind(2))
+        to_i, to_f, to_g, to_o = _by_step(*self.gains.unbind(2))
+        forget, out_slope = _by_step(self.s[:, :, 1], self.out_slope)
         for t in range(self.steps):
-            a[t].addmm_(hs[t], transposed)
-            torch.mul(a[t].view_as(s[t]), self.slope[t], out=s[t])
-            if added is not None:
-                s[t] += added[0][t]
-            gain = (s[t, :, :3] * self.weights[t]).sum(1)
-            torch.addcmul(gain, f[t], cs[t], out=cs[t + 1])
-            if added is not None:
-                cs[t + 1] += added[1][t]
-            torch.mul(self.tanh_c[t], s[t, :, 3], out=hs[t + 1])
-            hs[t + 1].addcmul_(self.out_slope[t], cs[t + 1])
-            if added is not None:
-                hs[t + 1] += added[2][t]
-        return _Moved(a.view_as(s), s, cs, hs)
+            rows[t].addmm_(hs[t], u)
+            moving = cs[t + 1].addcmul_(to_i[t], i[t]).addcmul_(to_f[t], f[t])
+            moving.addcmul_(to_g[t], g[t]).addcmul_(forget[t], cs[t])
+            hs[t + 1].addcmul_(to_o[t], o[t]).addcmul_(out_slope[t], moving)
+        return moved
 
-    def second(self, dots: Tensors, ddots: Tensors, moved: _Moved) -> _Moved:
-        """The second derivatives, by the same recurrence with what bends added."""
-        x, w, u, *_ = dots
-        i, f, g, o = moved.s.unbind(2)
+    def bends(self, moved: _Moved) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the gates by their slope, of ``c = f c_before + i g``, and of ``h = o tanh(c)``."""
+        i, f, g, o = (self.slope * moved.a).unbind(2)
         c = moved.c[1:]
-        added = (
-            self.bend * moved.a.square(),
+        return (
+            moved.a.square().mul_(self.curl),
             2 * (f * moved.c[:-1] + i * g),
             2 * self.tanh_slope * c * (o - self.s[:, :, 3] * self.tanh_c * c),
         )
-        a = self.linear(ddots)
-        if x is not None and w is not None:
-            a = multiply(2 * self.rows(x), w.t(), a)
+
+    def second(self, dots: Tensors, ddots: Tensors, moved: _Moved, half: Tensor | None) -> _Moved:
+        """The second derivatives, by the same recurrence with what bends added."""
+        of_a, of_c, of_h = self.bends(moved)
+        *to_c, to_h = of_a.mul_(self.gains).unbind(2)
+        a, _ = self.linear(ddots)
+        if half is not None:
+            a.add_(half, alpha=2)
+        u = dots[2]
         if u is not None:
             a = multiply(2 * moved.h_before, u.t(), a)
-        return self.push(a, ddots[5], ddots[6], added)
+        return self.push(a, ddots[5], ddots[6], (sum(to_c, of_c), to_h.add_(of_h)))
 
     def pull(self, h: Tensor, c: Tensor, added: Tensor | None = None) -> _Cotangents:
         """The linear recurrence of cotangents against time.
@@ -148,19 +155,21 @@ class _Layer:
             h, c: what comes to each step's h and c from outside; they are written to.
             added: what is added to the cotangent of a.
         """
-        a, s = torch.empty_like(self.s), torch.empty_like(self.s)
-        f = self.s[:, :, 1]
+        a = self.gains.clone()
+        rows, from_c, from_h = _by_step(a.flatten(2), a[:, :, :3], a[:, :, 3])
+        hs, cs, out_slope, forget = _by_step(h, c, self.out_slope, self.s[:, :, 1])
+        wide = c.unsqueeze(2).unbind()
+        more = None if added is None else added.flatten(2).unbind()
         for t in range(self.steps - 1, -1, -1):
-            c[t].addcmul_(self.out_slope[t], h[t])
-            torch.mul(self.weights[t], c[t].unsqueeze(1), out=s[t, :, :3])
-            torch.mul(self.tanh_c[t], h[t], out=s[t, :, 3])
-            torch.mul(s[t], self.slope[t], out=a[t])
-            if added is not None:
-                a[t] += added[t]
+            cs[t].addcmul_(out_slope[t], hs[t])
+            from_c[t].mul_(wide[t])
+            from_h[t].mul_(hs[t])
+            if more is not None:
+                rows[t].add_(more[t])
             if t > 0:
-                h[t - 1].addmm_(a[t].flatten(1), self.u)
-                c[t - 1].addcmul_(f[t], c[t])
-        return _Cotangents(a, s, c, h)
+                hs[t - 1].addmm_(rows[t], self.u)
+                cs[t - 1].addcmul_(forget[t], cs[t])
+        return _Cotangents(a, c, h)
 
     def arriving(self, cotangents: Tensors) -> tuple[Tensor, Tensor]:
         """What the outputs' cotangents bring to h and c of each step."""
@@ -179,18 +188,24 @@ class _Layer:
 
 
 class _Moved:
-    """Tangents of a and s per step, and of c and h from before the first step."""
+    """Tangents of a per step, and of c and h from before the first step."""
 
-    def __init__(self, a: Tensor, s: Tensor, c: Tensor, h: Tensor) -> None:
-        self.a, self.s, self.c, self.h = a, s, c, h
+    def __init__(self, a: Tensor, c: Tensor, h: Tensor) -> None:
+        self.a, self.c, self.h = a, c, h
         self.h_before = h[:-1].flatten(0, 1)
 
 
 class _Cotangents:
-    """Of a, s, c and h per step."""
+    """Of a, c and h per step."""
 
-    def __init__(self, a: Tensor, s: Tensor, c: Tensor, h: Tensor) -> None:
-        self.rows, self.s, self.c, self.h = a.flatten(2).flatten(0, 1), s, c, h
+    def __init__(self, a: Tensor, c: Tensor, h: Tensor) -> None:
+        self.a, self.c, self.h = a, c, h
+        self.rows = a.flatten(2).flatten(0, 1)
+
+
+def _by_step(*sequences: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views of each step, made at once: one by one they would take as long as the arithmetic."""
+    return [sequence.unbind() for sequence in sequences]
 
 
 class _Lstm(Rule):
@@ -201,38 +216,36 @@ class _Lstm(Rule):
         return self if plain else None
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        return self.ahead(call, dots)[0]
+        layer, moved, _ = self._moved(call, dots)
+        return layer.outputs(moved)
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, tuple[_Layer, _Moved]]:
+    def _moved(self, call: Call, dots: Tensors) -> tuple[_Layer, _Moved, Tensor | None]:
         layer = _Layer(call)
-        moved = layer.push(layer.linear(dots), dots[5], dots[6])
-        return layer.outputs(moved), (layer, moved)
+        a, half = layer.linear(dots)
+        return layer, layer.push(a, dots[5], dots[6]), half
 
     def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
-        outputs, (layer, moved) = self.ahead(call, dots)
-        return outputs, layer.outputs(layer.second(dots, ddots, moved))
+        layer, moved, half = self._moved(call, dots)
+        second = layer.second(dots, ddots, moved, half)
+        return layer.outputs(moved), layer.outputs(second)
 
     def adjoint(
         self, call: Call, dots: Tensors, cotangents: Tensors
     ) -> tuple[Tensors, Tensor | None]:
-        outputs, (layer, moved) = self.ahead(call, dots)
+        layer, moved, half = self._moved(call, dots)
         back = layer.pull(*layer.arriving(cotangents))
-        x, w, u, *_ = dots
-        i, f, g, o = moved.s.unbind(2)
-        c = moved.c[1:]
-        # The bends of the gates, of c = f c_before + i g, and of h = o tanh(c).
-        bend = o - layer.s[:, :, 3] * layer.tanh_c * c
-        numbers = [
-            (back.s * layer.bend * moved.a.square()).sum(),
-            2 * (back.c * (f * moved.c[:-1] + i * g)).sum(),
-            2 * (back.h * layer.tanh_slope * c * bend).sum(),
-        ]
-        # <a^, x' W'^T> in the order that makes the smaller product.
-        if x is not None and w is not None:
-            numbers.append(2 * (multiply(back.rows, w) * layer.rows(x)).sum())
+        numbers = list(map(real_dot, (back.a, back.c, back.h), layer.bends(moved)))
+        if half is not None:
+            numbers.append(2 * real_dot(back.rows, half))
+        u = dots[2]
         if u is not None:
-            numbers.append(2 * (multiply(back.rows, u) * moved.h_before).sum())
-        return outputs, torch.stack(numbers).sum()
+            # <a^, h' U'^T> in the order that makes the smaller product.
+            numbers.append(2 * real_dot(multiply(back.rows, u), moved.h_before))
+        return layer.outputs(moved), torch.stack(numbers).sum()
+
+    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, tuple[_Layer, _Moved]]:
+        layer, moved, _ = self._moved(call, dots)
+        return layer.outputs(moved), (layer, moved)
 
     def turn(
         self,
@@ -247,7 +260,7 @@ class _Lstm(Rule):
         x, w, u, *_ = dots
         x = None if x is None else layer.rows(x)
         back = layer.pull(*layer.arriving(cotangents))
-        i, f, g, o = moved.s.unbind(2)
+        i, f, g, o = (layer.slope * moved.a).unbind(2)
         c, tau = moved.c[1:], layer.tanh_slope
         h_change, c_change = layer.arriving(turned)
         if u is not None:
@@ -257,7 +270,7 @@ class _Lstm(Rule):
         s_change = torch.stack([g, moved.c[:-1], i, tau * c], 2)
         s_change[:, :, :3] *= back.c.unsqueeze(2)
         s_change[:, :, 3] *= back.h
-        added = s_change.mul_(layer.slope).addcmul_(back.s * layer.bend, moved.a)
+        added = s_change.mul_(layer.slope).addcmul_(back.a * layer.curl, moved.a)
         change = layer.pull(h_change, c_change, added)
         # Where the state before the first step is an input, so is its cotangent an output.
         first, first_change = (t.rows[: layer.batch] for t in (back, change))
