@@ -124,17 +124,15 @@ def _elu(call: Call, x: Tensor, y: Tensor) -> Tensor:
 @elementwise("SoftplusBackward0")
 def _softplus(call: Call, x: Tensor, y: Tensor) -> Tensor:
     # Beyond the threshold autograd takes f for the identity, and 1 - sigmoid is not quite zero.
-    z = call.self * call.beta
-    return (
-        torch.sigmoid(z).neg_().add_(1).mul_(y).mul_(call.beta).masked_fill_(z > call.threshold, 0)
-    )
+    z = call.self * -call.beta
+    return torch.sigmoid(z).mul_(y).mul_(call.beta).masked_fill_(z < -call.threshold, 0)
 
 
 @elementwise("SiluBackward0")
 def _silu(call: Call, x: Tensor, y: Tensor) -> Tensor:
     s = torch.sigmoid(call.self)
-    slope = s * (1 - s)
-    return (1 - 2 * s).mul_(call.self).add_(2).mul_(slope).mul_(x)
+    bend = torch.rsub(s, 1, alpha=2).mul_(call.self).add_(2)
+    return bend.mul_(s).mul_(s.neg_().add_(1)).mul_(x)
 
 
 @elementwise("MishBackward0")
@@ -151,14 +149,15 @@ def _gelu(call: Call, x: Tensor, y: Tensor) -> Tensor:
     t = call.self
     if call.approximate == "none":
         # f = t Phi(t), f'' = (2 - t²) phi(t)
+        c = 1 / math.sqrt(2 * math.pi)
         square = t * t
-        phi = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        return square.neg_().add_(2).mul_(phi).mul_(x)
-    # f = t (1 + tanh u)/2 with u = k (t + c t³)
+        bend = torch.rsub(square, 2 * c, alpha=c)
+        return bend.mul_(square.mul_(-0.5).exp_()).mul_(x)
+    # f = t (1 + w)/2 with w = tanh u, u = k (t + c t³), and s = u' = k (1 + 3 c t²):
+    # f'' = (1 - w²) (k (1 + 6 c t²) - t w s²)
     k, c = math.sqrt(2 / math.pi), 0.044715
     square = t * t
-    w = torch.tanh(k * t * (1 + c * square))
-    slope = k * (1 + 3 * c * square)
-    bend = 1 - w * w
-    inner = slope * bend + t * bend * (3 * k * c * t - w * slope * slope)
-    return inner.mul_(x)
+    w = torch.rsub(square, k, alpha=-k * c).mul_(t).tanh_()
+    s = torch.rsub(square, k, alpha=-3 * k * c)
+    bend = torch.rsub(square, k, alpha=-6 * k * c).sub_(s.square_().mul_(t).mul_(w))
+    return bend.mul_(torch.rsub(w.square_(), 1)).mul_(x)
