@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.karatsuba import karatsuba
+from curvature.rules.karatsuba import balance, karatsuba
 from curvature.rules.matmul import matmul
 from curvature.rules.precision import product_dtype
 from curvature.rules.rule import Rule, add, real_dot
@@ -27,6 +27,8 @@ class Bilinear(Rule):
         inputs: where a and b stand among the inputs.
         added: (call, cdot) -> what a moving third input adds to ydot.
         summed: (call, yhat) -> the cotangent of that third input, before it is summed to its shape.
+        lengths: of the rows of a, and of the columns of b, of which each entry of the product is
+            an inner product.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class Bilinear(Rule):
         inputs: tuple[int, int] = (0, 1),
         added: Callable[[Call, Tensor], Tensor] | None = None,
         summed: Callable[[Call, Tensor], Tensor] | None = None,
+        lengths: tuple[Callable[[Call, Tensor], Tensor], Callable[[Call, Tensor], Tensor]]
+        | None = None,
     ) -> None:
         self._left, self._right, self._inputs = left, right, inputs
         self._product, self._to_left, self._to_right = product, to_left, to_right
-        self._added, self._summed = added, summed
+        self._added, self._summed, self._lengths = added, summed, lengths
 
     def _split(self, dots: Tensors) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         a, b = self._inputs
@@ -80,10 +84,19 @@ class Bilinear(Rule):
         a, b, c = self._split(dots)
         known = None if call.product is None else call.product()
         if known is not None and a is not None and b is not None:
-            return self._from_known(call, a, b, c, *known, cotangent)
+            t = self._balance(call, a, b, known[1])
+            if t is not None:
+                return self._from_known(call, a, b, c, t, *known, cotangent)
         out, half = self._products(call, a, b, bend=True)
         out = self._plus(call, out, c)
         return out, half if half is None or cotangent is None else real_dot(cotangent, half)
+
+    def _balance(self, call: Call, a: Tensor, b: Tensor, bias: Tensor | None) -> float | None:
+        if self._lengths is None:
+            return None
+        rows, columns = self._lengths
+        A, B = getattr(call, self._left), getattr(call, self._right)
+        return balance((rows(call, A), rows(call, a)), (columns(call, B), columns(call, b)), bias)
 
     def _from_known(
         self,
@@ -91,25 +104,22 @@ class Bilinear(Rule):
         a: Tensor,
         b: Tensor,
         c: Tensor | None,
+        t: float,
         y: Tensor,
         bias: Tensor | None,
         cotangent: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Where y = B(A, B) + bias is known."""
-        y = y.reshape(call.shape())
-
-        def onto(t: float) -> Tensor:
-            if self._added is None:
-                return y / -t
+        y, rest = y.reshape(call.shape()), None
+        if self._added is not None:
             still = None if bias is None else self._added(call, bias) / t
             rest = add(still, None if c is None else self._added(call, c))
-            return y / -t if rest is None else torch.add(rest, y, alpha=-1 / t)
-
         return karatsuba(
             partial(self._rounded, call),
             (getattr(call, self._left), a),
             (getattr(call, self._right), b),
-            onto,
+            t,
+            y / -t if rest is None else torch.add(rest, y, alpha=-1 / t),
             lambda half: half if cotangent is None else real_dot(cotangent, half),
         )
 
@@ -202,11 +212,30 @@ def _as_it_is(call: Call, c: Tensor) -> Tensor:
     return c
 
 
+def _rows(call: Call, a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=-1)
+
+
+def _columns(call: Call, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(b, dim=-2)
+
+
 register(
     "MmBackward0",
-    Bilinear("self", "mat2", _matmul, _matmul_left, _matmul_right, added=_as_it_is),
+    Bilinear(
+        "self",
+        "mat2",
+        _matmul,
+        _matmul_left,
+        _matmul_right,
+        added=_as_it_is,
+        lengths=(_rows, _columns),
+    ),
 )
-register("BmmBackward0", Bilinear("self", "mat2", _matmul, _matmul_left, _matmul_right))
+register(
+    "BmmBackward0",
+    Bilinear("self", "mat2", _matmul, _matmul_left, _matmul_right, lengths=(_rows, _columns)),
+)
 
 
 def _scaled(call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
@@ -240,6 +269,7 @@ for _name, _left, _right in (
             inputs=(1, 2),
             added=_beta,
             summed=_beta,
+            lengths=(_rows, _columns),
         ),
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
-from curvature.rules.karatsuba import karatsuba
+from curvature.rules.karatsuba import balance, karatsuba
 from curvature.rules.matmul import matmul
 from curvature.rules.precision import multiply
 from curvature.rules.rule import Rule, real_dot
@@ -76,12 +76,12 @@ class _Layer:
     def linear(self, dots: Tensors) -> tuple[Tensor, Tensor | None]:
         """How a moves with x, W, U and b, all but what comes by h_before; and x' W'^T."""
         x, w, u, b0, b1, *_ = dots
+        x = None if x is None else self.rows(x)
         a = half = None
         if x is not None and w is not None:
-            left, right = (self.x, self.rows(x)), (self.w.t(), w.t())
-            a, half = karatsuba(multiply, left, right, lambda t: self.from_x / -t, lambda h: h)
+            a, half = self._both(x, w)
         elif x is not None:
-            a = multiply(self.rows(x), self.w.t())
+            a = multiply(x, self.w.t())
         elif w is not None:
             a = multiply(self.x, w.t())
         if u is not None:
@@ -91,6 +91,14 @@ class _Layer:
             if b is not None:
                 a.add_(b)
         return a, half
+
+    def _both(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """x' W^T + x W'^T, and x' W'^T."""
+        t = balance((_lengths(self.x), _lengths(x)), (_lengths(self.w), _lengths(w)))
+        if t is None:
+            return multiply(x, self.w.t(), multiply(self.x, w.t())), multiply(x, w.t())
+        left, right = (self.x, x), (self.w.t(), w.t())
+        return karatsuba(multiply, left, right, t, self.from_x / -t, lambda half: half)
 
     def push(
         self,
@@ -201,6 +209,10 @@ class _Cotangents:
     def __init__(self, a: Tensor, c: Tensor, h: Tensor) -> None:
         self.a, self.c, self.h = a, c, h
         self.rows = a.flatten(2).flatten(0, 1)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1)
 
 
 def _by_step(*sequences: Tensor) -> list[tuple[Tensor, ...]]:
