@@ -28,8 +28,8 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
 
 
 def _inner(tensors: Sequence[tuple[Tensor, Tensor]]) -> float:
-    pairs = [(a.flatten(), b.flatten()) for a, b in tensors if a is not b]
-    squares = [a.flatten() for a, b in tensors if a is b]
+    pairs = [(_flat(a), _flat(b)) for a, b in tensors if a is not b]
+    squares = [_flat(a) for a, b in tensors if a is b]
     sums = [_blockwise(*pair) for pair in _joined(pairs)]
     sums += [_square(a) for (a,) in _joined([(a,) for a in squares])]
     found = total(sums)
@@ -38,6 +38,11 @@ def _inner(tensors: Sequence[tuple[Tensor, Tensor]]) -> float:
         pairs += zip(squares, squares, strict=True)
         found = total([torch.dot(a.double(), b.double()) for a, b in pairs])
     return found
+
+
+def _flat(a: Tensor) -> Tensor:
+    # What is expanded would be summed one by one, with all the rounding of that.
+    return a.flatten().contiguous()
 
 
 def _joined(tuples: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:

@@ -139,7 +139,8 @@ def real_dot(a: Tensor, b: Tensor) -> Tensor:
         return real_dot(torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj()))
     if a.dtype in (torch.float16, torch.bfloat16):
         return real_dot(a.float(), b.float())
-    flat = a.reshape(-1), b.to(a.dtype).reshape(-1)
+    # What is expanded would be summed one by one, with all the rounding of that.
+    flat = a.reshape(-1).contiguous(), b.to(a.dtype).reshape(-1).contiguous()
     if a.numel() <= _PIECE:
         return torch.dot(*flat)
     # In pieces: a single sum of millions of terms would round away several digits.
