@@ -46,6 +46,7 @@ FLOORS = {
             "rules.elementwise",
             "rules.linear",
             "rules.loss",
+            "rules.moments",
             "rules.normalisation",
             "rules.product",
             "rules.recurrent",

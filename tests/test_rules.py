@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from curvature import Tape
 from curvature.rules import table
 
 pytestmark = fast_only
@@ -115,6 +116,15 @@ simple(
     SinhBackward0=torch.sinh,
     CoshBackward0=torch.cosh,
     ErfBackward0=torch.erf,
+    ErfcBackward0=torch.erfc,
+    Exp2Backward0=torch.exp2,
+    AsinhBackward0=torch.asinh,
+    AsinBackward0=lambda x: (x.tanh() / 2).asin(),
+    AcosBackward0=lambda x: (x.tanh() / 2).acos(),
+    AtanhBackward0=lambda x: (x.tanh() / 2).atanh(),
+    SafeSoftmaxBackward0=lambda x: aten._safe_softmax(x, -1),
+    DiagEmbedBackward0=lambda x: torch.diag_embed(x, -1, -1, -2),
+    TakeBackward0=lambda x: x.take(torch.tensor([[0, 0]])),
     LogSigmoidBackward0=F.logsigmoid,
     MishBackward0=F.mish,
     NegBackward0=torch.neg,
@@ -144,6 +154,9 @@ simple(
 simple(
     positive,
     LogBackward0=torch.log,
+    Log2Backward0=torch.log2,
+    Log10Backward0=torch.log10,
+    AcoshBackward0=lambda x: (x + 1).acosh(),
     Log1PBackward0=torch.log1p,
     TanBackward0=lambda x: torch.tan(x / 4),
     SqrtBackward0=torch.sqrt,
@@ -207,6 +220,18 @@ simple(
     ReplicationPad2DBackward0=lambda x: F.pad(x, (1, 2, 1, 0), mode="replicate"),
     UpsampleNearest2DBackward0=lambda x: F.interpolate(x, scale_factor=2),
     UpsampleBilinear2DBackward0=lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    UpsampleBicubic2DBackward0=lambda x: F.interpolate(x, size=(5, 3), mode="bicubic"),
+    UpsampleNearest1DBackward0=lambda x: F.interpolate(x[0], scale_factor=2),
+    UpsampleNearest3DBackward0=lambda x: F.interpolate(x[None], scale_factor=2),
+    UpsampleLinear1DBackward0=lambda x: F.interpolate(x[0], size=7, mode="linear"),
+    UpsampleTrilinear3DBackward0=lambda x: F.interpolate(x[None], size=(3, 3, 5), mode="trilinear"),
+    MaxPool3DWithIndicesBackward0=lambda x: F.max_pool3d(x[None], 2, 1, 1),
+    AdaptiveMaxPool2DBackward0=lambda x: F.adaptive_max_pool2d(x, (2, 3)),
+    AdaptiveMaxPool3DBackward0=lambda x: F.adaptive_max_pool3d(x[None], (1, 2, 3)),
+    Im2ColBackward0=lambda x: F.unfold(x, 2, 2, 1, (1, 2)),
+    Col2ImBackward0=lambda x: F.fold(F.unfold(x, (2, 3), 1, 1), x.shape[-2:], (2, 3), 1, 1),
+    PixelShuffleBackward0=lambda x: F.pixel_shuffle(x.repeat(1, 2, 1, 1), 2),
+    PixelUnshuffleBackward0=lambda x: F.pixel_unshuffle(x[..., :4, :4], 2),
 )
 
 
@@ -264,6 +289,89 @@ def _logsumexp(draw: Any) -> Sample:
     (x,) = vectors(draw)
     dims, keep = draw(st.sampled_from([0, -1, tuple(range(x.ndim))])), draw(st.booleans())
     return lambda x: x.logsumexp(dims, keep) + x.sum().logsumexp(0), [x]
+
+
+@sample("VarBackward0", "VarMeanBackward0", "StdBackward0", "StdMeanBackward0")
+def _moments(draw: Any) -> Sample:
+    x = torch.randn(size(draw, 2), size(draw, 2), size(draw, 2))
+    dims = draw(st.sampled_from([None, (0,), (-1,), (0, 2)]))
+    options = {"dim": dims, "correction": draw(st.sampled_from([0, 1, 0.5])), "keepdim": True}
+
+    def func(x: Tensor) -> Tensor:
+        deviation, mean = torch.std_mean(x, **options)
+        return torch.var_mean(x, **options)[0] * mean + x.var(**options) + x.std() * deviation
+
+    return func, [x]
+
+
+@sample("LinalgVectorNormBackward0", "NormBackward0", "NormBackward1")
+def _norm(draw: Any) -> Sample:
+    (x,) = vectors(draw)
+    dim, keep = dim_of(draw, x.ndim), draw(st.booleans())
+
+    def func(x: Tensor) -> Tensor:
+        both = torch.linalg.vector_norm(x, 2, dim, keep) + aten.norm(x, 2.0, [dim], keep)
+        return both * aten.norm(x, 2) + torch.linalg.vector_norm(x)
+
+    return func, [x]
+
+
+@sample("ScatterAddBackward0", "IndexAddBackward0", "IndexPutBackward0")
+def _accumulated(draw: Any) -> Sample:
+    n, m, k = (size(draw) for _ in range(3))
+    at, everywhere = torch.randint(n, (k,)), torch.randint(n, (k, m))
+
+    def func(x: Tensor, source: Tensor) -> Tensor:
+        added = x.scatter_add(0, everywhere, source) + x.index_add(0, at, source, alpha=1.5)
+        return added + x.index_put((at,), source, accumulate=True)
+
+    return func, [torch.randn(n, m), torch.randn(k, m)]
+
+
+@sample("SelectScatterBackward0", "SliceScatterBackward0", "MaskedFillBackward1")
+def _written(draw: Any) -> Sample:
+    n, m = size(draw, 2), size(draw, 2)
+
+    def func(x: Tensor, row: Tensor, number: Tensor) -> Tensor:
+        parts = x.slice_scatter(row.expand(1, m), 0, -1) + x.select_scatter(row, 0, 1)
+        return parts + x.masked_fill(torch.arange(m) < 1, number)
+
+    return func, [torch.randn(n, m), torch.randn(m), torch.randn(())]
+
+
+@sample("AddcmulBackward0", "AddcdivBackward0")
+def _added_product(draw: Any) -> Sample:
+    a, b = broadcast(draw)
+    c = torch.randn(torch.broadcast_shapes(a.shape, b.shape))
+    func = lambda c, a, b: (  # noqa: E731
+        torch.addcmul(c, a, b, value=1.5) + torch.addcdiv(c, a, b.cosh(), value=-2)
+    )
+    return func, [c, a, b]
+
+
+@sample("LerpBackward0", "LerpBackward1")
+def _lerp(draw: Any) -> Sample:
+    a, b = broadcast(draw)
+    still = draw(st.booleans())
+
+    def func(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        return torch.lerp(a, b, 0.3) + torch.lerp(b, a, w.detach() if still else w) * w
+
+    return func, [a, b, torch.randn(b.shape)]
+
+
+@sample("PreluKernelBackward0")
+def _prelu(draw: Any) -> Sample:
+    n, m = size(draw), size(draw)
+    channels = draw(st.sampled_from([1, m]))
+    return F.prelu, [torch.randn(n, m) + 1e-3, torch.randn(channels)]
+
+
+@sample("GluBackward0")
+def _glu(draw: Any) -> Sample:
+    (x,) = vectors(draw)
+    dim = dim_of(draw, x.ndim)
+    return lambda x: F.glu(torch.cat([x, 2 * x], dim), dim), [x]
 
 
 @sample("SqueezeBackward2")
@@ -534,3 +642,29 @@ def test_the_statistics_of_group_norm_are_outputs_too() -> None:
 
     x, v = torch.randn(2, 2, 4, 3, dtype=F64)
     check_agreement(loss, x, v)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_the_deviation_of_equal_numbers_has_derivative_zero(low_memory: bool) -> None:
+    """As autograd has it, where there is none."""
+    x = torch.tensor([[1.0, 1.0], [1.0, 3.0]], dtype=F64, requires_grad=True)
+    v = torch.tensor([[1.0, 2.0], [0.5, 2.0]], dtype=F64)
+    with Tape(low_memory=low_memory) as tape:
+        loss = x.std(1).square().sum() + x.std(1, correction=0)[:1].sum()
+    tape.backward(loss, [x])
+    q = tape.directional([v])
+    assert q.engine == ("jet" if low_memory else "tangent")
+    torch.testing.assert_close(q.slope, torch.tensor(3.0, dtype=F64))
+    torch.testing.assert_close(q.curvature, torch.tensor(2.25, dtype=F64))
+    if not low_memory:
+        expected = torch.tensor([[0.0, 0.0], [-1.5, 1.5]], dtype=F64)
+        torch.testing.assert_close(tape.hvp([v])[0], expected)
+
+
+def test_moments_of_a_single_number() -> None:
+    x = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    with Tape() as tape:
+        loss = x.var(0, correction=0) + x.square() + torch.linalg.vector_norm(x, dim=0)
+    tape.backward(loss, [x])
+    q = tape.directional([torch.ones((), dtype=F64)])
+    assert (q.engine, q.slope, q.curvature) == ("tangent", 5, 2)

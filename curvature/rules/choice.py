@@ -24,10 +24,16 @@ def _extreme(call: Call, x: Tensor) -> Tensor:
     return x.gather(call.dim, call.indices.unsqueeze(call.dim)).squeeze(call.dim)
 
 
-@linear("MaxPool2DWithIndicesBackward0")
+@linear("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0")
 def _max_pool2d(call: Call, x: Tensor) -> Tensor:
     indices = call.result1
     return x.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
+
+
+@linear("MaxPool3DWithIndicesBackward0", "AdaptiveMaxPool3DBackward0")
+def _max_pool3d(call: Call, x: Tensor) -> Tensor:
+    indices = call.result1
+    return x.flatten(-3).gather(-1, indices.flatten(-3)).view_as(indices)
 
 
 @linear("AmaxBackward0", "AminBackward0")

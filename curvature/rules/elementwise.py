@@ -33,7 +33,7 @@ def _exp(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return y.clone()
 
 
-@elementwise("LogBackward0")
+@elementwise("LogBackward0", "Log2Backward0", "Log10Backward0")
 def _log(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y / call.self).neg_()
 
@@ -106,7 +106,32 @@ def _cosh(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return call.self.cosh().mul_(x)
 
 
-@elementwise("ErfBackward0")
+@elementwise("Exp2Backward0")
+def _exp2(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return y * math.log(2)
+
+
+@elementwise("AsinBackward0", "AcosBackward0")
+def _asin(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.self).div_(1 - call.self.square())
+
+
+@elementwise("AtanhBackward0")
+def _atanh(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.self).mul_(2).div_(1 - call.self.square())
+
+
+@elementwise("AsinhBackward0")
+def _asinh(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.self).neg_().div_(call.self.square().add_(1))
+
+
+@elementwise("AcoshBackward0")
+def _acosh(call: Call, x: Tensor, y: Tensor) -> Tensor:
+    return (y * call.self).div_(1 - call.self.square())
+
+
+@elementwise("ErfBackward0", "ErfcBackward0")
 def _erf(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.self).mul_(-2)
 

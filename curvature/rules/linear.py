@@ -112,15 +112,56 @@ def _adaptive_avg_pool2d(call: Call, x: Tensor) -> Tensor:
     return torch.ops.aten._adaptive_avg_pool2d(x, call.shape()[-2:])
 
 
+@linear("UpsampleNearest1DBackward0")
+def _upsample_nearest1d(call: Call, x: Tensor) -> Tensor:
+    return torch.ops.aten.upsample_nearest1d(x, call.output_size, call.scales)
+
+
 @linear("UpsampleNearest2DBackward0")
 def _upsample_nearest2d(call: Call, x: Tensor) -> Tensor:
     return torch.ops.aten.upsample_nearest2d(x, call.output_size, call.scales_h, call.scales_w)
+
+
+@linear("UpsampleNearest3DBackward0")
+def _upsample_nearest3d(call: Call, x: Tensor) -> Tensor:
+    scales = call.scales_d, call.scales_h, call.scales_w
+    return torch.ops.aten.upsample_nearest3d(x, call.output_size, *scales)
+
+
+@linear("UpsampleLinear1DBackward0")
+def _upsample_linear1d(call: Call, x: Tensor) -> Tensor:
+    size, corners = call.output_size, call.align_corners
+    return torch.ops.aten.upsample_linear1d(x, size, corners, call.scales)
 
 
 @linear("UpsampleBilinear2DBackward0")
 def _upsample_bilinear2d(call: Call, x: Tensor) -> Tensor:
     scales = call.scales_h, call.scales_w
     return torch.ops.aten.upsample_bilinear2d(x, call.output_size, call.align_corners, *scales)
+
+
+@linear("UpsampleBicubic2DBackward0")
+def _upsample_bicubic2d(call: Call, x: Tensor) -> Tensor:
+    scales = call.scales_h, call.scales_w
+    return torch.ops.aten.upsample_bicubic2d(x, call.output_size, call.align_corners, *scales)
+
+
+@linear("UpsampleTrilinear3DBackward0")
+def _upsample_trilinear3d(call: Call, x: Tensor) -> Tensor:
+    size, corners = call.output_size, call.align_corners
+    scales = call.scales_d, call.scales_h, call.scales_w
+    return torch.ops.aten.upsample_trilinear3d(x, size, corners, *scales)
+
+
+@linear("Im2ColBackward0")
+def _im2col(call: Call, x: Tensor) -> Tensor:
+    return F.unfold(x, call.kernel_size, call.dilation, call.padding, call.stride)
+
+
+@linear("Col2ImBackward0")
+def _col2im(call: Call, x: Tensor) -> Tensor:
+    size = call.shape()[-2:]
+    return F.fold(x, size, call.kernel_size, call.dilation, call.padding, call.stride)
 
 
 # Rare: their own transpose transposed.

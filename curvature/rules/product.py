@@ -1,14 +1,15 @@
-"""Products and quotients, entry by entry with broadcasting."""
+"""Products and quotients, entry by entry with broadcasting, and what is made of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
 from curvature.rules.rule import add
-from curvature.rules.table import General, register
+from curvature.rules.table import General, general, register
 
 
 class _Mul(General):
@@ -92,3 +93,72 @@ def _div(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] 
 
 
 register("DivBackward0", _Div())
+
+
+Pushed = tuple[Tensor, Tensor | None] | Tensor
+
+
+@general("AddcmulBackward0")
+def _addcmul(call: Call, dots: Tensors, bend: bool) -> Pushed:
+    # c + k a b
+    c, a, b = dots
+    moved = add(_times(a, call.tensor2), _times(b, call.tensor1))
+    out = add(c, None if moved is None else moved * call.value)
+    second = None if a is None or b is None else a * b * (2 * call.value)
+    return _pushed(call, out, second, bend)
+
+
+@general("AddcdivBackward0")
+def _addcdiv(call: Call, dots: Tensors, bend: bool) -> Pushed:
+    # c + k q with q = a / b, q' = (a' - q b') / b and q'' = -2 q' b' / b
+    c, a, b = dots
+    second = None
+    moved = a if b is None else add(a, -(call.tensor1 / call.tensor2 * b))
+    if moved is not None:
+        moved = moved * call.value / call.tensor2
+        second = None if b is None else -2 * moved * b / call.tensor2
+    return _pushed(call, add(c, moved), second, bend)
+
+
+@general("LerpBackward0", "LerpBackward1")
+def _lerp(call: Call, dots: Tensors, bend: bool) -> Pushed:
+    # a + w (b - a)
+    a, b, w = (*dots, None)[:3]
+    apart = add(b, None if a is None else -a)
+    out = add(a, None if apart is None else apart * call.weight)
+    second = None
+    if w is not None:
+        out = add(out, w * (call.end - call.self))
+        second = None if apart is None else 2 * w * apart
+    return _pushed(call, out, second, bend)
+
+
+@general("PreluKernelBackward0")
+def _prelu(call: Call, dots: Tensors, bend: bool) -> Pushed:
+    # x, or w x where x is not positive
+    x, w = dots
+    bent = call.self <= 0
+    out = None if x is None else torch.where(bent, x * call.weight, x)
+    second = None
+    if w is not None:
+        out = add(out, torch.where(bent, w * call.self, 0))
+        second = None if x is None else torch.where(bent, 2 * w * x, 0)
+    return _pushed(call, out, second, bend)
+
+
+@general("GluBackward0")
+def _glu(call: Call, dots: Tensors, bend: bool) -> Pushed:
+    # a s with s = sigmoid(b)
+    (x,) = dots
+    assert x is not None
+    (value, gate), (a, b) = (t.chunk(2, call.dim) for t in (call.self, x))
+    s = torch.sigmoid(gate)
+    slope = s * (1 - s) * b
+    out = a * s + value * slope
+    return (out, slope * (2 * a + value * b * (1 - 2 * s))) if bend else out
+
+
+def _pushed(call: Call, out: Tensor | None, second: Tensor | None, bend: bool) -> Pushed:
+    assert out is not None
+    out, shape = out.expand(call.shape()), call.shape()
+    return (out, None if second is None else second.expand(shape)) if bend else out

@@ -166,3 +166,4 @@ def _logsumexp(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] |
 
 register("LogSoftmaxBackward0", _LogSoftmax())
 register("SoftmaxBackward0", _Softmax())
+register("SafeSoftmaxBackward0", _Softmax())

@@ -129,16 +129,95 @@ def _gather(call: Call, x: Tensor) -> Tensor:
     return x.gather(call.dim, call.index)
 
 
+@linear("TakeBackward0")
+def _take(call: Call, x: Tensor) -> Tensor:
+    return x.take(call.index)
+
+
 @linear("MaskedFillBackward0")
 def _masked_fill(call: Call, x: Tensor) -> Tensor:
     return x.masked_fill(call.mask, 0)
 
 
+@linear("MaskedFillBackward1")
+def _masked_fill_by(call: Call, x: Tensor | None, value: Tensor | None) -> Tensor:
+    return _where_mask(call, call.mask, value, x)
+
+
 @linear("WhereBackward0")
 def _where(call: Call, x: Tensor | None, y: Tensor | None) -> Tensor:
+    return _where_mask(call, call.condition, x, y)
+
+
+def _where_mask(call: Call, mask: Tensor, x: Tensor | None, y: Tensor | None) -> Tensor:
     shape, dtype = call.kinds[0]
-    out = torch.where(call.condition, 0 if x is None else x, 0 if y is None else y)
+    out = torch.where(mask, 0 if x is None else x, 0 if y is None else y)
     return out.to(dtype).expand(shape)
+
+
+@linear("ScatterAddBackward0")
+def _scatter_add(call: Call, x: Tensor | None, source: Tensor | None) -> Tensor:
+    out = _or_zeros(call, x)
+    return out if source is None else out.scatter_add(call.dim, call.index, source)
+
+
+@linear("IndexAddBackward0")
+def _index_add(call: Call, x: Tensor | None, source: Tensor | None) -> Tensor:
+    out = _or_zeros(call, x)
+    if source is None:
+        return out
+    return out.index_add(call.dim, call.index, source, alpha=call.alpha)
+
+
+class _IndexPut(Linear):
+    def of(self, call: Call) -> Rule | None:
+        # Which of several values stays at an index that comes twice, nobody says.
+        return self if call.accumulate else None
+
+
+def _index_put(call: Call, x: Tensor | None, values: Tensor | None) -> Tensor:
+    out = _or_zeros(call, x)
+    if values is None:
+        return out
+    return torch.ops.aten.index_put(out, call.indices, values, True)
+
+
+register("IndexPutBackward0", _IndexPut(_index_put))
+
+
+@linear("SelectScatterBackward0")
+def _select_scatter(call: Call, x: Tensor | None, source: Tensor | None) -> Tensor:
+    out = _or_zeros(call, x).clone()
+    part = out.select(call.dim, call.index)
+    part.copy_(torch.zeros_like(part) if source is None else source)
+    return out
+
+
+@linear("SliceScatterBackward0")
+def _slice_scatter(call: Call, x: Tensor | None, source: Tensor | None) -> Tensor:
+    out = _or_zeros(call, x).clone()
+    part = torch.ops.aten.slice(out, call.dim, call.start, call.end, call.step)
+    part.copy_(torch.zeros_like(part) if source is None else source)
+    return out
+
+
+def _or_zeros(call: Call, x: Tensor | None) -> Tensor:
+    return call.zeros()[0] if x is None else x
+
+
+@linear("DiagEmbedBackward0")
+def _diag_embed(call: Call, x: Tensor) -> Tensor:
+    return torch.diag_embed(x, call.offset, call.dim1, call.dim2)
+
+
+@linear("PixelShuffleBackward0")
+def _pixel_shuffle(call: Call, x: Tensor) -> Tensor:
+    return F.pixel_shuffle(x, call.upscale_factor)
+
+
+@linear("PixelUnshuffleBackward0")
+def _pixel_unshuffle(call: Call, x: Tensor) -> Tensor:
+    return F.pixel_unshuffle(x, call.downscale_factor)
 
 
 class _Joined(Linear):
