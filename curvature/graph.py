@@ -100,7 +100,12 @@ class Call:
         """The transposed Jacobian times cotangents of the outputs: one per moving input."""
         # The node of a Python autograd.Function is not callable.
         node: Any = self.node
-        result = node(*cotangents) if callable(node) else node.apply(*cotangents)
+        if callable(node):
+            result = node(*cotangents)
+        else:
+            # Autograd fills in zeros for it, which is not done here.
+            pairs = zip(self.outputs, cotangents, strict=True)
+            result = node.apply(*[_zeros(edge) if c is None else c for edge, c in pairs])
         pulled = result if isinstance(result, tuple) else (result,)
         if not callable(node):
             pulled = self._of_tensors(pulled)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,6 @@ class Saved:
     """What the nodes of one forward pass have saved."""
 
     def __init__(self) -> None:
-        self._asked: list[_Held] | None = None
         self._all: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     @contextmanager
@@ -58,25 +56,18 @@ class Saved:
         self._all.add(held)
         return held
 
-    def _unpack(self, held: _Held) -> Tensor:
-        if self._asked is not None:
-            self._asked.append(held)
+    @staticmethod
+    def _unpack(held: _Held) -> Tensor:
         return held.get()
 
     def free(self, node: Node) -> None:
         """Drop what this node has saved."""
-        # A node does not say what it holds, but unpacks it when asked.
-        self._asked = []
-        _ask(node)
-        for held in self._asked:
-            held.tensor = None
-        self._asked = None
-
-
-def _ask(node: Any) -> None:
-    if not callable(node):
-        _ = node.saved_tensors
-        return
-    for name in dir(node):
-        if name.startswith("_saved_"):
-            getattr(node, name)
+        for name in dir(node):
+            if name.startswith("_raw_saved_"):
+                saved = getattr(node, name)
+                for each in saved if isinstance(saved, tuple) else (saved,):
+                    # As it was packed: to unpack it is to evaluate a checkpointed region again.
+                    # An older PyTorch does not show it; there it is freed with the graph.
+                    packed = getattr(each, "data", None)
+                    if isinstance(packed, _Held):
+                        packed.tensor = None

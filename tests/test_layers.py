@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from agreement import check_engines
+from agreement import check_engines, fast_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -257,6 +257,26 @@ def test_scaled_dot_product_attention(
         "k": normal(2, heads, keys, width),
         "v": normal(2, heads, keys, width + 1),
     }
+    check_engines(func, params, {k: torch.randn_like(p) for k, p in params.items()})
+
+
+@fast_only
+@small
+@given(
+    groups=st.integers(1, 2), lengths=st.tuples(st.integers(1, 4), st.integers(1, 4)), seed=SEEDS
+)
+def test_attention_with_shared_keys_and_rows_without_any(
+    groups: int, lengths: tuple[int, int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    queries, keys = lengths
+    mask = torch.rand(queries, keys) < 0.5
+
+    def func(p: dict) -> torch.Tensor:
+        return bend(F.scaled_dot_product_attention(**p, attn_mask=mask, enable_gqa=True))
+
+    params = {"query": normal(2, 2 * groups, queries, 3)}
+    params |= {name: normal(2, groups, keys, 3) for name in ("key", "value")}
     check_engines(func, params, {k: torch.randn_like(p) for k, p in params.items()})
 
 

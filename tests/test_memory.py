@@ -9,6 +9,7 @@ import torch
 from agreement import fast_only
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from curvature import Tape, allocation, saved
 from curvature.sweep import Sweep
@@ -29,7 +30,14 @@ def record(net: nn.Module, **options: Any) -> tuple[Tape, list[Tensor]]:
     return tape, list(tape.backward(losses, params))
 
 
+shows_what_it_packed = pytest.mark.skipif(
+    not hasattr(torch._C._autograd.SavedTensor, "data"),
+    reason="an older PyTorch frees what it has saved with the graph",
+)
+
+
 @fast_only
+@shows_what_it_packed
 def test_it_frees_what_it_has_used_and_then_says_so() -> None:
     net = layers()
     tape, g = record(net, low_memory=True)
@@ -47,6 +55,7 @@ def test_a_direction_that_does_not_fit_frees_nothing() -> None:
 
 
 @fast_only
+@shows_what_it_packed
 def test_saved_tensors_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     left = []
     free = saved.Saved.free
@@ -61,6 +70,25 @@ def test_saved_tensors_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left == sorted(left, reverse=True)
     assert left[0] > 4
     assert left[-1] == 0
+
+
+@fast_only
+def test_checkpointed_regions_are_evaluated_from_what_is_still_there() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)])
+    params = list(net.parameters())
+    x = torch.randn(3, 6)
+
+    def curvature(**options: Any) -> Tensor:
+        with Tape(**options) as tape:
+            y = x
+            for block in net:
+                y = checkpoint(lambda z, block=block: block(z).sin().exp(), y, use_reentrant=False)
+            losses = y.square().mean(1)
+        gradient = tape.backward(losses, params)
+        return tape.directional(gradient).curvature
+
+    torch.testing.assert_close(curvature(low_memory=True), curvature())
 
 
 def test_writing_to_a_saved_tensor_is_refused_as_by_autograd() -> None:

@@ -668,3 +668,57 @@ def test_moments_of_a_single_number() -> None:
     tape.backward(loss, [x])
     q = tape.directional([torch.ones((), dtype=F64)])
     assert (q.engine, q.slope, q.curvature) == ("tangent", 5, 2)
+
+
+def test_logsumexp_of_nothing_stays_zero() -> None:
+    x = torch.randn(3, dtype=F64, requires_grad=True)
+    nothing = torch.tensor([[True], [False]])
+
+    def masked(x: Tensor) -> Tensor:
+        return torch.stack([x, x.sin()]).masked_fill(nothing, -torch.inf).logsumexp(1).exp().sum()
+
+    answers = []
+    for func in (masked, lambda x: x.sin().exp().sum()):
+        with Tape() as tape:
+            loss = func(x)
+        tape.backward(loss, [x])
+        answers.append(tape.directional([x.detach()]))
+    torch.testing.assert_close(answers[0].slope, answers[1].slope)
+    torch.testing.assert_close(answers[0].curvature, answers[1].curvature)
+
+
+def test_saturated_functions_have_no_curvature() -> None:
+    x = torch.tensor([1e9, -1e9, 1e3], requires_grad=True)
+    with Tape() as tape:
+        loss = F.gelu(x, approximate="tanh").sum() + F.mish(x).sum() + F.silu(x).sum()
+    tape.backward(loss, [x])
+    assert tape.directional([torch.ones(3)]).curvature == 0
+
+
+def test_sums_of_expanded_cotangents_keep_their_digits() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 400, requires_grad=True)
+    with Tape() as tape:
+        loss = x.square().sum()
+    tape.backward(loss, [x])
+    q = tape.directional([x.detach()])
+    torch.testing.assert_close(q.curvature, 2 * loss.detach(), rtol=1e-6, atol=0)
+
+
+def test_a_function_of_which_one_output_has_no_second_cotangent() -> None:
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+            ctx.save_for_backward(x)
+            return x * x, x + 1
+
+        @staticmethod
+        def backward(ctx: Any, to_square: Tensor, to_sum: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return 2 * to_square * x + to_sum
+
+    def func(x: Tensor) -> Tensor:
+        square, shifted = Both.apply(x)
+        return square.sin() + shifted
+
+    check_agreement(func, torch.randn(3, dtype=F64), torch.randn(3, dtype=F64))

@@ -28,7 +28,7 @@ class _Heads:
     def __init__(self, call: Call, some: slice, dots: Tensors) -> None:
         self.call, self.some = call, some
         self.scale = 1 / math.sqrt(call.query.shape[-1]) if call.scale is None else call.scale
-        Q, K, V = (x[some] for x in (call.query, call.key, call.value))
+        Q, K, V = (self._for_all(x[some]) for x in (call.query, call.key, call.value))
         q, k, v = self._filled(dots)
         self.q_Q = torch.cat([q, Q], -1).mul_(self.scale).flatten(0, 1)
         self.K_k = torch.cat([K, k], -1).flatten(0, 1)
@@ -41,7 +41,13 @@ class _Heads:
     def _filled(self, dots: Tensors) -> list[Tensor]:
         values = (self.call.query, self.call.key, self.call.value)
         pairs = zip(values, dots, strict=False)
-        return [(torch.zeros_like(x) if d is None else d)[self.some] for x, d in pairs]
+        each = ((torch.zeros_like(x) if d is None else d)[self.some] for x, d in pairs)
+        return [self._for_all(x) for x in each]
+
+    def _for_all(self, x: Tensor) -> Tensor:
+        """With the keys or values of each head of the queries, some of which may share them."""
+        heads = self.call.query.shape[1]
+        return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
     def second(self, ddots: Tensors) -> tuple[Tensor, Tensor, Tensor]:
         """(Q'', Q), times the scale, (K, K'') and V''."""
@@ -76,7 +82,8 @@ class _Rows:
             corner += corner.new_full(corner.shape[1:], -math.inf).triu_(1)
         elif heads.mask is not None:
             S += heads.mask[:, self.rows]
-        P = torch.softmax(S, -1)
+        # A row that is masked throughout has no weights, and zeros for its output.
+        P = torch.softmax(S, -1) if heads.mask is None else torch._safe_softmax(S, -1)
         S1 = multiply(self.q_Q, self.K_k.mT)
         return P, S1.sub_((P * S1).sum(-1, True))
 
@@ -170,7 +177,10 @@ class _Attention(Rule):
         change = turned[0]
         if cotangents[0] is None:
             return (None,) * len(dots) if change is None else call.pull(change)
-        to_q, to_k, to_v = (torch.zeros_like(x) for x in (call.query, call.key, call.value))
+        heads = call.query.shape[1]
+        to_q, to_k, to_v = (
+            x.new_zeros(len(x), heads, *x.shape[2:]) for x in (call.query, call.key, call.value)
+        )
         for block in _blocks(call, dots) if kept is None else kept:
             P, c, y = block.P, block.c, block.of(cotangents[0])
             S = block.back(y)
@@ -186,6 +196,10 @@ class _Attention(Rule):
             block.add(to_q, block.rows, q_part)
             block.add(to_k, block.columns, k_part)
             block.add(to_v, block.columns, v_part)
+        to_k, to_v = (
+            to.unflatten(1, (x.shape[1], -1)).sum(2) if x.shape[1] < heads else to
+            for to, x in ((to_k, call.key), (to_v, call.value))
+        )
         return (to_q, to_k, to_v, *[None] * (len(dots) - 3))
 
 

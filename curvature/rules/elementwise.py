@@ -181,6 +181,7 @@ def _gelu(call: Call, x: Tensor, y: Tensor) -> Tensor:
     # f = t (1 + w)/2 with w = tanh u, u = k (t + c t³), and s = u' = k (1 + 3 c t²):
     # f'' = (1 - w²) (k (1 + 6 c t²) - t w s²)
     k, c = math.sqrt(2 / math.pi), 0.044715
+    t = t.clamp(-1e3, 1e3)  # beyond, powers of it overflow, where w² is 1 anyway
     square = t * t
     w = torch.rsub(square, k, alpha=-k * c).mul_(t).tanh_()
     s = torch.rsub(square, k, alpha=-3 * k * c)

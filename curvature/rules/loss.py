@@ -65,7 +65,7 @@ def _bce_with_logits(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Ten
         out = out + ((1 - t) * s - (1 + extra) * t * rest) * x
         second = (1 + extra * t) * s * rest * x * x
     if y is not None:
-        out = out + (extra * F.softplus(-z) - z) * y
+        out = out + (-extra * F.logsigmoid(z) - z) * y
     if x is not None and y is not None:
         second = second - 2 * (1 + extra * rest) * x * y
     out = _reduced(call, weight * out)

@@ -119,7 +119,7 @@ class LayerNormalised(Normalised):
         return torch.mul(a, b, out=self._buffer).mean(self._dims, True)
 
     def sums(self, a: Tensor, b: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        t = torch.mul(a, b, out=self._buffer).reshape(-1, self.count)
+        t = torch.mul(a, b, out=self._buffer).reshape(self.rstd.numel(), self.count)
         extra = None if w is None else torch.mv(t, w.reshape(-1)).sum()
         sums = t.sum(1) if self.weight is None else torch.mv(t, self.weight.reshape(-1))
         return sums.view_as(self.rstd), extra

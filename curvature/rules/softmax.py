@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -156,8 +157,10 @@ def _logsumexp(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] |
     """With p = exp(x - y): y' = E_p x' and y'' = E_p (x' - y')²."""
     (x,) = dots
     assert x is not None
-    dims = call.dim
-    p = (call.self - against(x, call.result, dims)).exp()
+    dims, y = call.dim, call.result
+    # Of nothing but -inf: all of p is 0 then.
+    y = y.masked_fill(y == -math.inf, 0)
+    p = (call.self - against(x, y, dims)).exp()
     out = (p * x).sum(dims, True)
     second = (p * (x - out).square()).sum(dims, True) if bend else out
     shape = call.shape()
