@@ -113,8 +113,7 @@ class SideEffects:
     ) -> None:
         self._watching.__exit__(None, None, None)
         if kind is not None or not self._kept:
-            self._restore_buffers()
-            self.random.restore()
+            self.rewind()
         self._at_start.clear()
         self._contents.clear()
         self._calls = _Calls()
@@ -133,6 +132,21 @@ class SideEffects:
             tensor(1)
         """
         self._kept = True
+
+    def rewind(self) -> None:
+        """Set random numbers and buffers back to where the block found them, and go on.
+
+        Example:
+            >>> import torch
+            >>> norm = torch.nn.BatchNorm1d(2)
+            >>> with SideEffects() as effects:
+            ...     _ = norm(torch.randn(8, 2))
+            ...     effects.rewind()
+            ...     int(norm.num_batches_tracked)
+            0
+        """
+        self._restore_buffers()
+        self.random.restore()
 
     def _before(self, module: nn.Module) -> None:
         if self._calls.depth == 0:

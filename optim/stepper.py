@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curvature import NonFiniteLoss, SideEffects
+from curvature import NonFiniteLoss
 from optim.direction import momentum, proposer
 from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
@@ -189,7 +189,7 @@ class Stepper:
     def _measure(self, trial: Trial, line: Line) -> Estimate | str:
         try:
             # Differentiating may evaluate checkpointed modules again, and so their statistics.
-            with SideEffects(trial.setting.called):
+            with trial.aside():
                 reach = self._reach(trial, line)
                 found = self.estimator.estimate(trial, line, reach)
                 return found if isinstance(found, str) else replace(found, reach=reach)

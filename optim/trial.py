@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from curvature import NonFiniteLoss, RandomState, SideEffects
+from curvature import NonFiniteLoss, SideEffects
 from optim.evaluation import (
     Closure,
     Evaluation,
@@ -38,12 +38,13 @@ _MODERATE = 2.0**16  # times 1, up or down
 class Trial:
     """The closures, what they gave and what recorded it, and the direction d that followed.
 
-    What it answers of the loss has the penalty in it.
+    What it answers of the loss has the penalty in it. Evaluated again, the closures find random
+    numbers and buffers as they did at first, before the block of ``effects``.
     """
 
     closures: Sequence[Closure]
     setting: Setting
-    random: RandomState
+    effects: SideEffects
     evaluation: Evaluation
     penalty: Penalty
     direction: list[Tensor]
@@ -51,6 +52,10 @@ class Trial:
     @property
     def params(self) -> list[Tensor]:
         return self.evaluation.params
+
+    def aside(self) -> SideEffects:
+        """A block after which buffers and random numbers are as they are now."""
+        return SideEffects({*self.setting.called, *self.effects.called})
 
     def recorded(self, recorder: Callable[[], R]) -> Iterator[tuple[R, float, float]]:
         """What recorded each closure's pass, its share in the loss, and the scale of its loss.
@@ -67,7 +72,7 @@ class Trial:
                 self.evaluation.scale,
             )
             return
-        self.random.restore()
+        self.effects.rewind()
         for closure, share in zip(self.closures, self.evaluation.shares, strict=True):
             again = recorder()
             with without_grads(self.params):
@@ -78,7 +83,7 @@ class Trial:
 
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
         """The mean loss with other values in the parameters, by the same random numbers."""
-        with SideEffects(self.setting.called), self._moved_to(values):
+        with self.aside(), self._moved_to(values):
             losses = [losses_again(closure, self.evaluation) for closure in self.closures]
         shares = self.evaluation.shares
         local = sum(k * _mean(x) for k, x in zip(shares, losses, strict=True))
@@ -145,7 +150,7 @@ class Trial:
     @contextmanager
     def _moved_to(self, values: Sequence[Tensor]) -> Iterator[None]:
         own = [local(p.detach()).clone() if is_sharded(p) else p.data for p in self.params]
-        self.random.restore()
+        self.effects.rewind()
         try:
             for p, value in zip(self.params, values, strict=True):
                 _set(p, local(value))

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from curvature import RandomState, SideEffects, uncompiled
+from curvature import SideEffects, uncompiled
 from optim.ahead import Ahead, along
 from optim.autocast import forget_casts
 from optim.called import Called
@@ -204,7 +204,7 @@ class Wrapper(Optimizer):
         record = None
         try:
             with uncompiled() if plainly else nullcontext(), SideEffects(called) as effects:
-                found, record = self._attempt(closures, params, effects.random, due)
+                found, record = self._attempt(closures, params, effects, due)
                 if record.skipped is None:
                     effects.keep()
                 called.note(effects.called)
@@ -263,14 +263,14 @@ class Wrapper(Optimizer):
                 if found.unusable is not None:
                     raise ValueError(f"no step lies ahead: {found.unusable}")
                 penalty = penalty_of(self.base, found.params)
-                trial = Trial(closures, self._setting, effects.random, found, penalty, [])
+                trial = Trial(closures, self._setting, effects, found, penalty, [])
                 plan = self.stepper.ahead(self.iteration + 1, trial)
                 return along(plan, points=points, reach=reach)
         finally:
             forget_casts()
 
     def _attempt(
-        self, closures: Sequence[Closure], params: list[Tensor], random: RandomState, due: bool
+        self, closures: Sequence[Closure], params: list[Tensor], effects: SideEffects, due: bool
     ) -> tuple[Evaluation, StepRecord]:
         """Evaluate the closures and go, or say why not; what they did besides stands."""
         iteration = self.iteration + 1
@@ -286,7 +286,7 @@ class Wrapper(Optimizer):
             record = StepRecord(iteration, skipped=_OVERFLOW)
         else:
             penalty = penalty_of(self.base, found.params)
-            trial = Trial(closures, self._setting, random, found, penalty, [])
+            trial = Trial(closures, self._setting, effects, found, penalty, [])
             record = self.stepper.advance(iteration, trial, due)
         # Not before: it writes to the scale, which the graph has saved.
         self._setting.loss_scale.update(overflowed=overflowed)
