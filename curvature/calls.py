@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn.modules.module import (
 
 from curvature.arguments import check_callable
 
-_Watcher = tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]
+_Watcher = tuple[int, Callable[[nn.Module], object], Callable[[nn.Module], object]]
 _watchers: list[_Watcher] = []
 _originals: list[Any] = []
 
@@ -31,6 +32,9 @@ def module_calls(
     after: Callable[[nn.Module], object] = _ignored,
 ) -> Iterator[None]:
     """Inside, hear of each module before it is called, and after, also if it raises.
+
+    Those that another thread of Python calls are not heard; those that autograd's threads call,
+    where checkpointing evaluates a module again, are.
 
     By ``torch.nn.modules.module.register_module_forward_hook``, unless ``torch.compile`` was used:
     the code that it has made checks which hooks there were, so that one that comes and goes makes
@@ -48,8 +52,16 @@ def module_calls(
     """
     check_callable("before", before)
     check_callable("after", after)
-    with _patched((before, after)) if _something_compiled() else _hooked((before, after)):
+    watcher = threading.get_ident(), before, after
+    with _patched(watcher) if _something_compiled() else _hooked(watcher):
         yield
+
+
+def _is_heard(thread: int) -> bool:
+    """Whether what this thread watches is called here."""
+    if threading.get_ident() == thread:
+        return True
+    return isinstance(threading.current_thread(), threading._DummyThread)
 
 
 def _something_compiled() -> bool:
@@ -62,13 +74,15 @@ def _something_compiled() -> bool:
 
 @contextmanager
 def _hooked(watcher: _Watcher) -> Iterator[None]:
-    before, after = watcher
+    thread, before, after = watcher
 
     def at_start(module: nn.Module, _: Any) -> None:
-        before(module)
+        if _is_heard(thread):
+            before(module)
 
     def at_end(module: nn.Module, *_: Any) -> None:
-        after(module)
+        if _is_heard(thread):
+            after(module)
 
     handles = []
     if before is not _ignored:
@@ -103,11 +117,11 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # A model that was compiled inside the block keeps this function for good.
     if torch.compiler.is_compiling() or not _watchers:
         return nn.Module._wrapped_call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
-    watchers = list(_watchers)
-    for before, _ in watchers:
+    watchers = [watcher for watcher in _watchers if _is_heard(watcher[0])]
+    for _, before, _ in watchers:
         before(module)
     try:
         return _originals[-1](module, *args, **kwargs)
     finally:
-        for _, after in watchers:
+        for _, _, after in watchers:
             after(module)

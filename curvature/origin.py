@@ -42,7 +42,7 @@ class Origin:
 
     def __str__(self) -> str:
         parts = [self.function or self.operation]
-        parts += [f"in {self.module}"] if self.module else []
+        parts += [f"in module {self.module}"] if self.module else []
         parts += [self.line] if self.line else []
         return ", ".join(parts)
 

@@ -112,7 +112,7 @@ class DoubleBackward:
 def _refusal(reason: str) -> NotTwiceDifferentiable:
     return NotTwiceDifferentiable(
         f"PyTorch cannot differentiate the loss twice: {reason}. Replace that operation by "
-        "others, or use curvature.fit, which needs only forward passes."
+        "others, or use curvature.fit, or to train optim.GeN, which need only forward passes."
     )
 
 

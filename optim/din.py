@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optim.checked import Checked
-from optim.energy import Kinetic
+from optim.energy import Kinetic, check_no_decay
 from optim.inner import inner
 
 
@@ -129,11 +129,7 @@ class DIN(Checked):
         value = slope = curvature = 0.0
         for ratio, pending in self._pending:
             group = pending.group
-            if group["weight_decay"] != 0:
-                raise ValueError(
-                    f"weight_decay is {group['weight_decay']}: the energy falls without it; set "
-                    "it to 0, and add a penalty on the weights to the loss"
-                )
+            check_no_decay(group)
             alpha, beta = group["alpha"], group["beta"]
             v = _drift(pending)
             torch._foreach_neg_(v)

@@ -43,10 +43,7 @@ def proposer(base: Optimizer) -> Proposer:
     """
     if not isinstance(base, Optimizer):
         raise TypeError(f"base is a {type(base).__name__}, not a torch.optim.Optimizer")
-    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
-        raise ValueError(
-            "step hooks are attached to the base optimizer; attach them to the wrapper"
-        )
+    check_hooks(base)
     inner = [k for k, v in vars(base).items() if isinstance(v, Optimizer)]
     if inner:
         raise TypeError(
@@ -59,6 +56,14 @@ def proposer(base: Optimizer) -> Proposer:
     if reason is not None:
         raise TypeError(f"{type(base).__name__} cannot be wrapped: {reason}")
     return FromOrigin(base) if type(base) in BLIND else LinearInRate(base)
+
+
+def check_hooks(base: Optimizer) -> None:
+    """Refuse hooks on the base's steps, which would run on copies or not at all."""
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        raise ValueError(
+            "step hooks are attached to the base optimizer; attach them to the wrapper"
+        )
 
 
 _MOST_MOMENTUM = 0.999  # 1 would remember for ever

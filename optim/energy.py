@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch.optim import SGD, Optimizer
 
@@ -45,11 +45,15 @@ def kinetic_of(base: Optimizer) -> Callable[[Sequence[float], float], Kinetic]:
     it together with the base is of the copied base.
 
     Raises:
-        TypeError: no energy is known for this optimizer, as it is set up.
+        TypeError, ValueError: no energy is known for this optimizer, as it is set up.
     """
     if isinstance(base, Energetic):
+        for group in base.param_groups:
+            check_no_decay(group)
         return partial(_own, base)
     if type(base) is SGD:
+        for group in base.param_groups:
+            _check_heavy_ball(group)
         return partial(_heavy_ball, base)
     raise TypeError(
         f"{type(base).__name__} has no energy that is known to fall: INNA, INNAprop and SGD with "
@@ -61,17 +65,30 @@ def _own(base: Energetic, ratios: Sequence[float], last: float) -> Kinetic:
     return base.kinetic()
 
 
+def check_no_decay(group: dict[str, Any]) -> None:
+    """Refuse decoupled weight decay, which is not in the energy."""
+    if group.get("weight_decay"):
+        raise ValueError(
+            f"weight_decay is {group['weight_decay']}: the energy falls without it; set it to 0, "
+            "and add a penalty on the weights to the loss"
+        )
+
+
+def _check_heavy_ball(group: dict[str, Any]) -> None:
+    for name in ("dampening", "nesterov"):
+        if group[name]:
+            raise ValueError(
+                f"{name} is {group[name]}: the energy is that of plain heavy-ball momentum"
+            )
+    if not 0 < group["momentum"] < 1:
+        raise ValueError(f"momentum is {group['momentum']}: heavy ball is between 0 and 1")
+
+
 def _heavy_ball(base: SGD, ratios: Sequence[float], last: float) -> Kinetic:
     """K = sum over groups of s_i/2 ‖m_i‖², where m_i <- mu m_i + g_i moves by s_i = ratio_i s."""
     slope = 0.0
     for group, ratio in zip(base.param_groups, ratios, strict=True):
-        for name in ("dampening", "nesterov"):
-            if group[name]:
-                raise ValueError(
-                    f"{name} is {group[name]}: the energy is that of plain heavy-ball momentum"
-                )
-        if not 0 < group["momentum"] < 1:
-            raise ValueError(f"momentum is {group['momentum']}: heavy ball is between 0 and 1")
+        _check_heavy_ball(group)
         buffers = [base.state[p]["momentum_buffer"] for p in group["params"] if p.grad is not None]
         slope += ratio / 2 * inner(buffers, buffers)
     return Kinetic(before=last, value=0.0, slope=slope, curvature=0.0)

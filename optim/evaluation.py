@@ -19,7 +19,7 @@ from optim.inner import inner
 from optim.intercept import intercepted
 from optim.loss_scale import LossScale
 from optim.ranks import Ranks
-from optim.sharded import resharded
+from optim.sharded import local, resharded
 
 Closure = Callable[[], Any]
 
@@ -66,6 +66,7 @@ class Evaluation:
         eps: the rounding of autocast, 0 without it.
         recorder: of a single closure.
         accumulated: the closure called backward itself, and ``p.grad`` is as it left it.
+        others: what else got its gradient from that.
         unusable: why there are no gradients, if a loss is NaN or infinite.
     """
 
@@ -79,6 +80,7 @@ class Evaluation:
     scale: float = 1.0
     eps: float = 0.0
     accumulated: bool = False
+    others: Sequence[Tensor] = ()
     unusable: str | None = None
 
     @cached_property
@@ -93,14 +95,20 @@ def evaluate(
     recorder: Callable[[], Recorder],
     params: Sequence[Tensor],
     setting: Setting,
+    *,
+    all_leaves: bool = False,
 ) -> Evaluation:
     """Run each closure forward and backward, with no more than one graph at a time.
+
+    Args:
+        all_leaves: give a gradient to whatever else requires one, where the closure calls
+            ``backward``.
 
     Raises:
         TypeError, ValueError: a closure gave no usable loss; the message says why.
     """
     if len(closures) == 1:
-        return differentiated(closures[0], recorder(), params, setting)
+        return differentiated(closures[0], recorder(), params, setting, all_leaves=all_leaves)
     parts: list[tuple[Tensor, float, float]] = []
     sums: dict[Tensor, Tensor] = {}
     for closure in closures:
@@ -128,7 +136,12 @@ def evaluate(
 
 
 def differentiated(
-    closure: Closure, recorder: Recorder, params: Sequence[Tensor], setting: Setting
+    closure: Closure,
+    recorder: Recorder,
+    params: Sequence[Tensor],
+    setting: Setting,
+    *,
+    all_leaves: bool = False,
 ) -> Evaluation:
     """Run one closure forward, and backward unless it does so itself."""
     found: list[Evaluation] = []
@@ -139,7 +152,7 @@ def differentiated(
                 "the closure calls backward more than once; for several parts of a batch give "
                 "step a list of closures that return the loss of a part each"
             )
-        found.append(_backward(loss, recorder, params, setting))
+        found.append(_backward(loss, recorder, params, setting, all_leaves=all_leaves))
         if found[0].unusable is not None:
             for p in found[0].params:
                 p.grad = torch.full_like(p, torch.nan)
@@ -151,6 +164,7 @@ def differentiated(
         with intercepted(called), autocast_noted(params) as precision:
             result = closure()
         if not found:
+            _check_none_left(params)
             return replace(_backward(result, recorder, params, setting), eps=precision.eps)
     result = result.detach() if isinstance(result, Tensor) else result
     _check_unscaled(result, found[0].losses)
@@ -170,17 +184,24 @@ def _check_unscaled(result: Any, loss: Tensor) -> None:
 
 
 def _backward(
-    losses: Tensor, recorder: Recorder, params: Sequence[Tensor], setting: Setting
+    losses: Tensor,
+    recorder: Recorder,
+    params: Sequence[Tensor],
+    setting: Setting,
+    *,
+    all_leaves: bool = False,
 ) -> Evaluation:
     """The gradient of the mean of the losses of all ranks."""
     now = [p for p in params if p.requires_grad]
     count, share, unusable = _weighed(losses, setting.ranks)
     grads: list[Tensor | None] = [None] * len(now)
-    scale = 1.0
+    scale, others = 1.0, []
     if unusable is None:
         scaled, scale = setting.loss_scale.scaled(losses if share == 1 else losses * share)
         try:
-            if setting.ranks.several:
+            # Of a scaled loss others would get the scaled gradient.
+            if setting.ranks.several or (all_leaves and scale == 1):
+                others = _other_leaves(scaled, now)
                 with without_grads(now):
                     grads = recorder.backward(scaled, now, accumulate=True)
             else:
@@ -198,8 +219,32 @@ def _backward(
             grads = [None if g is None else g / scale for g in grads]
     result = losses.detach() if isinstance(losses, Tensor) else losses
     return Evaluation(
-        result, result, count, now, grads, [share], recorder, scale * share, unusable=unusable
+        result,
+        result,
+        count,
+        now,
+        grads,
+        [share],
+        recorder,
+        scale * share,
+        unusable=unusable,
+        others=others,
     )
+
+
+def _other_leaves(losses: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """What else backward gives a gradient to."""
+    known, seen, waiting = set(params), set(), [losses.grad_fn]
+    leaves: list[Tensor] = []
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and leaf not in known:
+                leaves.append(leaf)
+    return leaves
 
 
 def _weighed(losses: Any, ranks: Ranks) -> tuple[float, float, str | None]:
@@ -233,14 +278,19 @@ def without_grads(params: Sequence[Tensor]) -> Iterator[None]:
 
 def accumulate(found: Evaluation) -> None:
     """Do what ``backward`` would have done."""
-    if any(p.grad is not None for p in found.params):
+    _check_none_left(found.params)
+    for p, g in zip(found.params, found.grads, strict=True):
+        # A copy, since clipping works in place.
+        p.grad = None if g is None else g.clone()
+
+
+def _check_none_left(params: Sequence[Tensor]) -> None:
+    """Refuse gradients from elsewhere, which the step could only drop; zeros are none."""
+    if any(p.grad is not None and bool(local(p.grad).any()) for p in params):
         raise ValueError(
             "p.grad holds gradients that were computed outside this step's closure; call zero_grad "
             "in it, or, to accumulate several parts of a batch, give step a list of closures"
         )
-    for p, g in zip(found.params, found.grads, strict=True):
-        # A copy, since clipping works in place.
-        p.grad = None if g is None else g.clone()
 
 
 def losses_again(closure: Closure, known: Evaluation) -> Tensor:
@@ -253,5 +303,13 @@ def losses_again(closure: Closure, known: Evaluation) -> Tensor:
 
     forget_casts()
     with intercepted(called), torch.no_grad(), resharded():
-        result = closure()
+        try:
+            result = closure()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise RuntimeError(
+                "the closure differentiates on its way to the loss, which is evaluated without a "
+                "graph to look ahead: put torch.enable_grad() around that part of it"
+            ) from error
     return found[0] if found else result

@@ -26,8 +26,9 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError("differentiable=True cannot be wrapped: no graph is kept of a step")
     if "initial_lr" in group:
         raise ValueError(
-            "a scheduler is attached to the base optimizer already; attach it to the wrapper, "
-            "after wrapping: there lr is the factor ell"
+            "a scheduler is attached to the base optimizer already, or was when its state was "
+            "saved: attach it to the wrapper, after wrapping, where lr is the factor ell; delete "
+            "what it has left, 'initial_lr' of each group"
         )
     for i, p in enumerate(group["params"]):
         if p.dtype not in (torch.float32, torch.float64):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from optim.energy import Kinetic
@@ -19,6 +20,7 @@ class Line:
         momentum: the share of the last direction that the base keeps in this one.
         ell: the user's factor on the step, the largest ``group["lr"]``.
         kinetic: the energy of the base's inertia, if the rule asks for it.
+        limit: the largest r that the base allows.
     """
 
     iteration: int
@@ -28,6 +30,7 @@ class Line:
     momentum: float = 0.0
     ell: float = 1.0
     kinetic: Kinetic | None = None
+    limit: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,13 @@ class Estimate:
         magnitude: the mean over samples of abs(d^T H_b d) where they are known one by one, else
             abs(curvature).
         reach: how far along d it was to be measured, in units of d.
+        blind: the rounding of the losses hid all that there was to be seen.
+        at_least: the loss at the end was NaN or infinite, and the curvature may be larger.
     """
 
     slope: float
     curvature: float
     magnitude: float
     reach: float = 0.0
+    blind: bool = False
+    at_least: bool = False

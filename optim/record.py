@@ -19,7 +19,7 @@ class StepRecord:
 
     Attributes:
         iteration: counts the calls of ``step``, from 1.
-        value: the mean loss before the step.
+        value: the mean loss before the step, with the penalty that coupled weight decay is.
         slope: <d, g>, positive if the step descends.
         curvature: d^T H d of the mean loss, as estimated.
         magnitude: the mean over samples of abs(d^T H_b d), or abs(curvature) where they are not

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curvature import NonFiniteLoss
-from optim.direction import momentum, proposer
+from optim.direction import check_hooks, momentum, proposer
 from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
 from optim.evaluation import Evaluation
@@ -82,6 +82,7 @@ class Stepper:
         self.rule_state: State = {}
         self.length = 0.0
         self.energy = 0.0
+        self._repeats = False  # whether the closures were seen to give the same loss again
 
     def due(self, iteration: int) -> bool:
         """Whether this step takes an estimate."""
@@ -89,6 +90,7 @@ class Stepper:
 
     def advance(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
         """Go along the base's direction, or leave the base as before."""
+        check_hooks(self.base)
         before = Snapshot(self.base)
         record = None
         try:
@@ -120,6 +122,7 @@ class Stepper:
         trial = replace(trial, direction=direction)
         kinetic = None if self._kinetic_of is None else self._kinetic_of(ratios, self.energy)
         slope, squared_norm = trial.slope_and_squared_norm()
+        limit = self._proposer.limit(ratios)
         line = Line(
             iteration,
             value=trial.value(),
@@ -128,6 +131,7 @@ class Stepper:
             momentum=momentum(self.base),
             ell=ell,
             kinetic=kinetic,
+            limit=limit / ell if ell > 0 else math.inf,
         )
         plan = Plan(trial, line)
         numbers = plan.numbers
@@ -142,11 +146,16 @@ class Stepper:
                 return plan.skipped(found)
             plan.estimate = found
             numbers["curvature"], numbers["magnitude"] = found.curvature, found.magnitude
+        looks_ahead = iteration <= self.checked or (due and not self.estimator.needs_graph)
+        if looks_ahead and line.squared_norm > 0 and not self._repeats:
+            # Not before: buffers are written to, which the graph may have saved.
+            trial.check_repeats(line.value, line.slope, line.squared_norm)
+            self._repeats = True
         r, plan.state = self.rule.choose(line, plan.estimate, self.rule_state)
         if isinstance(r, str):
             return plan.skipped(r)
         numbers["r"] = r
-        step = min(ell * r, self._proposer.limit(ratios))
+        step = min(ell * r, limit)
         length = math.sqrt(line.squared_norm)
         largest = min(torch.finfo(dtype).max for dtype in {d.dtype for d in direction})
         if not abs(step) * max(1.0, length) < largest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import is_
@@ -31,6 +31,7 @@ from optim.sharded import is_sharded, local
 
 R = TypeVar("R", bound=Recorder)
 
+_NEAR = 1e-3  # times the parameters
 _MODERATE = 2.0**16  # times 1, up or down
 
 
@@ -75,7 +76,7 @@ class Trial:
         self.effects.rewind()
         for closure, share in zip(self.closures, self.evaluation.shares, strict=True):
             again = recorder()
-            with without_grads(self.params):
+            with self._without_grads():
                 part = differentiated(closure, again, self.params, self.setting)
             if part.unusable is not None:
                 raise NonFiniteLoss(part.unusable)
@@ -130,6 +131,27 @@ class Trial:
         """The mean of the losses' absolute values, on all ranks."""
         return self._over_ranks(self.evaluation.losses.abs())
 
+    @torch.no_grad()
+    def check_repeats(self, value: float, slope: float, squared_norm: float) -> None:
+        """Refuse closures that do not give the loss as a function of the parameters.
+
+        Raises:
+            ValueError: the loss is another at the same parameters, or the same at others.
+        """
+        again, rounding = self.loss_after(0.0), 100 * self.rounding(value)
+        if not abs(again - value) <= rounding:
+            raise ValueError(
+                f"the closure gave the loss {value:.6g}, and {again:.6g} when called again for the "
+                "same parameters: draw the batch outside it, and random numbers from the global "
+                "generators of torch, numpy or Python, which are set back in between"
+            )
+        t = self.share(_NEAR, squared_norm)
+        if t * abs(slope) > rounding and self.loss_after(t) == again:
+            raise ValueError(
+                "the closure gives the same loss for other parameters, though its gradient is not "
+                "zero: compute the loss, and all that it is made of, inside the closure"
+            )
+
     def slope_after(self, step: float) -> float:
         """The derivative of the mean loss along d at theta - step d.
 
@@ -154,11 +176,14 @@ class Trial:
         try:
             for p, value in zip(self.params, values, strict=True):
                 _set(p, local(value))
-            with without_grads(self.params):
+            with self._without_grads():
                 yield
         finally:
             for p, data in zip(self.params, own, strict=True):
                 _set(p, data)
+
+    def _without_grads(self) -> AbstractContextManager[None]:
+        return without_grads([*self.params, *self.evaluation.others])
 
     def share(self, share: float, squared_norm: float) -> float:
         """How far along d is that share of 1 + ‖theta‖, in units of d."""

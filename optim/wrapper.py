@@ -275,7 +275,7 @@ class Wrapper(Optimizer):
         """Evaluate the closures and go, or say why not; what they did besides stands."""
         iteration = self.iteration + 1
         recorder = self.stepper.estimator.recorder if due else Plain
-        found = evaluate(closures, recorder, params, self._setting)
+        found = evaluate(closures, recorder, params, self._setting, all_leaves=True)
         if found.unusable is not None:
             return found, StepRecord(iteration, skipped=found.unusable)
         # The square must be finite too: preconditioners that hold it would never recover.

@@ -350,3 +350,141 @@ def test_gradients_are_left_in_memory_of_their_own() -> None:
         assert p.grad is not None
         assert p.grad.stride() == (1,)
     assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("optimizer", ["tangent pass", "gradients", "GeN"])
+def test_threads_train_each_their_own_modules(optimizer: str) -> None:
+    """With buffers of batch norm, which a step would take back if they were its own."""
+
+    def train(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+        for p in model.parameters():
+            p.data = torch.randn(p.shape, generator=generator) / 2
+        wrapped = OPTIMIZERS[optimizer](model, torch.optim.SGD(model.parameters()))
+        x, y = torch.randn(8, 4, generator=generator), torch.arange(8) % 3
+        for _ in range(15):
+            wrapped.step(lambda: F.cross_entropy(model(x), y))
+        return list(model.state_dict().values())
+
+    alone = [train(seed) for seed in range(2)]
+    together: dict[int, list[Tensor]] = {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: together.update({seed: train(seed)}))
+        for seed in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(2):
+        torch.testing.assert_close(together[seed], alone[seed], rtol=0, atol=0)
+
+
+@every_optimizer
+def test_what_else_requires_a_gradient_gets_it_from_backward(optimizer: str) -> None:
+    problem, twin = Problem(optimizer), Problem(optimizer)
+    inputs = problem.batches[0][0].requires_grad_()
+    scale = torch.ones(3, dtype=F64, requires_grad=True)
+    hooked = []
+    scale.register_post_accumulate_grad_hook(lambda p: hooked.append(p.grad.clone()))
+
+    def closure() -> Tensor:
+        problem.optimizer.zero_grad()
+        scale.grad = None
+        loss = F.cross_entropy(problem.model(inputs) * scale, problem.batches[0][1])
+        loss.backward()
+        return loss
+
+    problem.optimizer.step(closure)
+    theirs = twin.batches[0][0].clone().requires_grad_()
+    one = torch.ones(3, dtype=F64, requires_grad=True)
+    F.cross_entropy(twin.model(theirs) * one, twin.batches[0][1]).backward()
+    torch.testing.assert_close(inputs.grad, theirs.grad)
+    torch.testing.assert_close(scale.grad, one.grad)
+    torch.testing.assert_close(hooked[0], one.grad)
+
+
+@every_optimizer
+def test_gradients_of_zero_are_none(optimizer: str) -> None:
+    problem, twin = Problem(optimizer), Problem(optimizer)
+    for k in range(3):
+        problem.optimizer.zero_grad(set_to_none=False)
+        problem.optimizer.step(lambda k=k: problem.losses(k).mean().backward())
+        twin.optimizer.step(lambda k=k: twin.losses(k).mean())
+    assert problem.values()[0].isfinite().all()
+    torch.testing.assert_close(problem.values(), twin.values())
+
+
+@every_optimizer
+def test_gradients_from_before_are_refused_also_of_a_loss_that_is_returned(optimizer: str) -> None:
+    problem = Problem(optimizer)
+    before = problem.values()
+    problem.losses(0).mean().backward()
+    with pytest.raises(ValueError, match="computed outside this step's closure; call zero_grad"):
+        problem.optimizer.step(lambda: problem.losses(1))
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+    problem.optimizer.zero_grad()
+    problem.optimizer.step(lambda: problem.losses(1))
+
+
+@every_optimizer
+def test_a_closure_that_gives_another_loss_each_time_is_refused(optimizer: str) -> None:
+    problem = Problem(optimizer)
+    before, generator = problem.values(), torch.Generator()
+
+    def noisy() -> Tensor:
+        return problem.losses(0) * torch.rand(8, generator=generator, dtype=F64)
+
+    with pytest.raises(ValueError, match="called again for the same parameters: draw the batch"):
+        problem.optimizer.step(noisy)
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+    problem.optimizer.step(lambda: problem.losses(0) * torch.rand(8, dtype=F64))
+
+
+@every_optimizer
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_loss_from_outside_the_closure_is_refused(optimizer: str, whole: bool) -> None:
+    problem = Problem(optimizer, "AdamW")
+    before, (x, y) = problem.values(), problem.batches[0]
+    logits = problem.model(x)
+    loss = F.cross_entropy(logits, y)
+    message = {
+        "Gauss-Newton": "the closure did not call the model",
+        "gradients": "the graph of the loss is gone",
+    }.get(optimizer, "compute the loss, and all that it is made of, inside the closure")
+    with pytest.raises(ValueError, match=message):
+        problem.optimizer.step(lambda: loss if whole else F.cross_entropy(logits, y))
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+
+
+class Average(nn.Module):
+    """Whose output depends on what it saw before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=F64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        return x - self.mean
+
+
+@every_optimizer
+def test_losses_ahead_start_from_the_buffers_of_the_first(optimizer: str) -> None:
+    problem = Problem(optimizer)
+    average = Average()
+    problem.model.insert(0, average)
+    x, y = problem.batches[0]
+    for k in range(1, 4):
+        problem.optimizer.step(lambda: F.cross_entropy(problem.model(x), y))
+        torch.testing.assert_close(average.mean, (1 - 0.5**k) * x.mean(0))
+    closure = lambda: F.cross_entropy(problem.model(x), y)  # noqa: E731
+    mean = average.mean.clone()
+    ahead = problem.optimizer.look_ahead(closure)
+    assert torch.equal(average.mean, mean)
+    here = min(range(len(ahead.steps)), key=lambda i: abs(ahead.steps[i]))
+    t = ahead.steps[here]
+    assert ahead.losses[here] == pytest.approx(
+        ahead.value - t * ahead.slope, abs=1e-9 + abs(t * ahead.slope)
+    )

@@ -211,11 +211,9 @@ def test_a_copy_has_the_energy_of_its_own_base(method: str, how: Callable) -> No
 )
 @pytest.mark.parametrize("rule", [Lyapunov(), RobbinsMonro(1e-3, 1.0, rule=Lyapunov())])
 def test_refusals(make: Callable, error: type, message: str, rule: object) -> None:
-    x, closure = quadratic(0)
-    before = x.detach().clone()
+    x, _ = quadratic(0)
     with pytest.raises(error, match=message):
-        Rescaled(make([x]), rule=rule).step(closure)
-    assert torch.equal(x.detach(), before)
+        Rescaled(make([x]), rule=rule)
 
 
 def test_the_energy_is_asked_for_by_the_rule_alone() -> None:

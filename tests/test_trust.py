@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from optim import GeN, Rescaled
+from optim import GeN, INNAprop, Rescaled
 from optim.estimators import Secant
 from optim.line import Estimate, Line
 from optim.rules import Trust
@@ -209,3 +209,55 @@ def test_rescaling_the_direction_leaves_the_iterates(exponent: int) -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GeN(torch.optim.SGD([nn.Parameter(torch.ones(1))]), **options)
+
+
+def settled() -> tuple[Trust, dict[str, float]]:
+    """After an estimate of curvature 3 that was looked at as far as 2."""
+    rule = Trust()
+    line = Line(1, value=1.0, slope=3.0, squared_norm=1.0)
+    _, state = rule.choose(line, Estimate(3.0, 3.0, 3.0, reach=2.0), {})
+    assert (state["trusted"], state["lipschitz"]) == (2, 3)
+    return rule, state
+
+
+def test_an_estimate_that_the_rounding_hides_changes_nothing() -> None:
+    rule, state = settled()
+    line = Line(2, value=1.0, slope=1e-9, squared_norm=1e-18)
+    r, after = rule.choose(line, Estimate(1e-9, 0.0, 0.0, reach=2e9, blind=True), state)
+    assert r * 1e-9 == pytest.approx(2 / 3)
+    assert (after["trusted"], after["lipschitz"]) == (2, 3)
+
+
+def test_the_curvature_where_the_loss_is_nan_is_no_less_than_known() -> None:
+    rule, state = settled()
+    line = Line(2, value=1.0, slope=3.0, squared_norm=1.0)
+    estimate = Estimate(3.0, 0.1, 0.1, reach=2.0, at_least=True)
+    assert rule.choose(line, estimate, state)[1]["lipschitz"] == pytest.approx(3)
+    larger = Estimate(3.0, 9.0, 9.0, reach=2.0, at_least=True)
+    assert rule.choose(line, larger, state)[1]["lipschitz"] == 9
+
+
+def test_the_trusted_length_stays_within_what_the_base_allows() -> None:
+    rule, state = settled()
+    for k in range(2, 200):
+        line = Line(k, value=1.0, slope=4.0, squared_norm=4.0, limit=0.25)
+        _, state = rule.choose(line, Estimate(4.0, 0.0, 0.0, reach=1.0), state)
+    assert state["trusted"] == 0.5
+
+
+def test_what_has_converged_stays_where_the_loss_is_defined() -> None:
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = GeN(torch.optim.SGD([p]))
+    for _ in range(300):
+        optimizer.step(lambda: (p - p.log()).sum())
+    assert optimizer.skipped == 0
+    assert torch.allclose(p, torch.ones(2), atol=1e-3)
+
+
+def test_a_base_that_bounds_its_step_bounds_what_is_looked_at() -> None:
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = GeN(INNAprop([p]))
+    for _ in range(100):
+        optimizer.step(lambda: p.sum())
+    assert p.isfinite().all()
+    assert optimizer.records[-1].r <= 4

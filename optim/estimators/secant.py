@@ -13,7 +13,7 @@ _SHORTEST = 1e-6  # first probe of the search, relative to the parameters
 _FACTOR = 4.0  # between two probes of the search
 _PROBES = 14  # of the search in either direction: 1e-6 to 1e2 times the parameters
 _SHORT = 0.25  # of the way, where a direction with momentum is measured besides
-_BLIND = 16.0  # of slope / reach: the curvature taken where the loss is NaN or infinite
+_LEAST = 16.0  # of slope / reach: the curvature taken where the loss is NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Secant(Estimator):
     quarter of the way, is measured too and the larger taken; found by experiment, see
     docs/robustness.md.
 
-    What the rounding of the losses hides counts as no curvature. Where the loss is NaN or
-    infinite, the curvature is taken to be 16 <d, g> / t, so that the next steps are shorter.
+    What the rounding of the losses hides counts as no curvature, and the estimate as blind where
+    it hides the slope as well. Where the loss is NaN or infinite, the curvature is taken to be at
+    least 16 <d, g> / t, so that the next steps are shorter.
     Before any step was taken, t is searched from 1e-6 times the parameters upwards by factors
     of four, up to 1e2: the automatic search of GeN's appendix C.4.2.
 
@@ -66,9 +67,12 @@ class Secant(Estimator):
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         shares = (1.0,) if line.momentum == 0 else (1.0, _SHORT)
         chords = [_chord(trial, line, share * reach) for share in shares]
-        blind = _BLIND * abs(line.slope) / reach
-        chords = [c if math.isfinite(c) else blind for c in chords]
-        return Estimate(line.slope, chords[0], max(map(abs, chords)))
+        hidden = reach * abs(line.slope) <= trial.rounding(line.value) and not any(chords)
+        off_the_map = not all(map(math.isfinite, chords))
+        least = _LEAST * abs(line.slope) / reach
+        chords = [c if math.isfinite(c) else least for c in chords]
+        magnitude = max(map(abs, chords))
+        return Estimate(line.slope, chords[0], magnitude, blind=hidden, at_least=off_the_map)
 
 
 def _chord(trial: Trial, line: Line, t: float) -> float:

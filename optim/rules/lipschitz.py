@@ -9,7 +9,10 @@ from optim.line import Estimate, Line
 from optim.ranges import check_decay
 from optim.rules.rule import Rule, State
 
-NO_CURVATURE = "the loss has no curvature along the direction, so no step length follows"
+NO_CURVATURE = (
+    "the loss has no curvature along the direction, so no step length follows; GeN finds one where "
+    "it bends farther on"
+)
 
 
 @dataclass(frozen=True)

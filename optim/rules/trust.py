@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optim.line import Estimate, Line
 from optim.rules.caution import cautioned
@@ -32,8 +32,10 @@ class Trust(Lipschitz):
           last fifty, and rises by 5 % where it is below; it stays within [0.03, 1]
         r = (1 - mu^k) q l / ‖d‖
 
-    Measured too is the step after an estimate that wanted T four times as long or more than doubled
-    L, and the step after a loss above twice the average of the last ten.
+    An estimate is also taken at the step after one that asked for four times T or more than doubled
+    L, and at the step after a loss above twice the average of the last ten. Where the loss ahead
+    was NaN or infinite, c is L at least; where the rounding of the losses hid both slope and
+    curvature, nothing changes once L is known. T is no longer than the base allows.
 
     T is the distance at which estimators that probe take the next loss; where none is taken, the
     first step is as long as the curvature says. A parabola without curvature, or with its minimum
@@ -66,6 +68,12 @@ class Trust(Lipschitz):
             return 0.0, state
         length = math.sqrt(line.squared_norm)
         known = state.get("lipschitz", math.inf)
+        if estimate is not None and known < math.inf:
+            if estimate.blind:
+                estimate = None
+            elif estimate.at_least:
+                magnitude = max(estimate.magnitude, known * line.squared_norm)
+                estimate = replace(estimate, magnitude=magnitude)
         state = self.averaged(line, estimate, state)
         lower, filled, state = lower_slope(line, state)
         lipschitz = state.get("lipschitz", 0.0)
@@ -81,6 +89,7 @@ class Trust(Lipschitz):
             unsettled = going >= _GROWTH * trusted or lipschitz > _BENT * known
             if going > 0:
                 trusted = going if trusted == math.inf else max(going, _LEAST * trusted)
+                trusted = min(trusted, line.limit * length)
             state = {**state, "trusted": trusted, "unsettled": float(unsettled)}
         state = cautioned(line, state, _CAUTION)
         return filled * state["caution"] * going / length, state
