@@ -162,21 +162,22 @@ class Wrapper(Optimizer):
                 closures if each returns a scalar.
 
         Returns:
-            What the closure returned, without graph; of several, all losses. ``p.grad`` holds the
-            gradient of the mean, as clipped.
+            What the closure returned, a tensor without its graph; of several, all losses.
+            ``p.grad`` holds the gradient of the mean, as clipped.
 
         A step is skipped if a loss or gradient is NaN or infinite, or if no step length follows
         from the curvature: parameters, buffers, optimizer and random state are then as before the
         step, and it is counted in ``skipped``, recorded and warned of. If the closure raises,
-        likewise, and the exception goes on to the caller. ``p.grad`` is then empty where the last
-        step had left it, and the caller's own where it was. Draw the batch outside the closure: one
-        that draws it from a global generator would draw the same again. It runs again where a loss
-        ahead is asked for, and what it logs or counts is then logged or counted again: do so after
-        the step, from ``records[-1]`` or what ``step`` returns. What the forward pass itself writes
+        likewise, and the exception goes on to the caller. Gradients that the
+        last step left in ``p.grad`` are then gone, and the caller's own as they were. The closure
+        runs again where a loss ahead is asked for, by the same random numbers of torch, numpy and
+        Python and from the same buffers: draw the batch outside it, and log or count after the
+        step, from ``records[-1]`` or what ``step`` returns. What the forward pass itself writes
         to parameters stands (``Embedding`` with ``max_norm``).
 
         Raises:
-            TypeError, ValueError: no closure, it gave no usable loss, or the base's step is not
+            TypeError, ValueError: no closure, it gave no usable loss, or none that is a function of
+                the parameters, ``p.grad`` holds gradients from elsewhere, or the base's step is not
                 linear in lr, as its first ten steps are made to prove.
             NotTwiceDifferentiable: for Rescaled, PyTorch has no second derivative of the loss.
 
@@ -317,8 +318,9 @@ class Wrapper(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's ``state_dict``, and beside it the wrapper's own numbers.
 
-        ``torch.load`` reads it with ``weights_only=True``. Its tensors are those in use, as with
-        torch's own: ``copy.deepcopy`` it to keep it in memory. ``records`` are not in it.
+        ``torch.load`` reads it with ``weights_only=True``. In its groups ``lr`` is ell: of an
+        optimizer that is not wrapped it would be a rate of 0.95. Its tensors are those in use, as
+        with torch's own: ``copy.deepcopy`` it to keep it in memory. ``records`` are not in it.
         examples/checkpoint.py saves and continues a run.
 
         Example:
