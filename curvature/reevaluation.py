@@ -46,8 +46,11 @@ class Reevaluation:
         for name, tensor in _tensors(module):
             for other, version in self._held.get((module, name), []):
                 # A buffer may have been written by the very call that is repeated.
-                stepped = name in module._parameters and tensor._version != version
-                if stepped if tensor is other else not torch.equal(tensor, other):
+                if tensor is other:
+                    differs = name in module._parameters and tensor._version != version
+                else:
+                    differs = not torch.equal(tensor, other)
+                if differs:
                     raise ValueError(
                         f"checkpointing evaluates {type(module).__name__} again with another "
                         f"{name} than the loss was computed with: ask for derivatives before the "

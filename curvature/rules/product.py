@@ -11,6 +11,8 @@ from curvature.graph import Call, Tensors
 from curvature.rules.rule import add
 from curvature.rules.table import General, general, register
 
+Pushed = tuple[Tensor, Tensor | None] | Tensor
+
 
 class _Mul(General):
     def __init__(self) -> None:
@@ -38,7 +40,7 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return None if a is None or b is None else a * b
 
 
-def _mul(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] | Tensor:
+def _mul(call: Call, dots: Tensors, bend: bool) -> Pushed:
     a, b = dots
     out = None if a is None else a * call.other
     if b is not None:
@@ -80,7 +82,7 @@ class _Div(General):
         return call.fitted([to_a, None if to_b is None else -to_b])
 
 
-def _div(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] | Tensor:
+def _div(call: Call, dots: Tensors, bend: bool) -> Pushed:
     # b y = a: y' = (a' - y b') / b and y'' = -2 y' b' / b
     a, b = dots
     if b is None:
@@ -93,9 +95,6 @@ def _div(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None] 
 
 
 register("DivBackward0", _Div())
-
-
-Pushed = tuple[Tensor, Tensor | None] | Tensor
 
 
 @general("AddcmulBackward0")
