@@ -211,9 +211,33 @@ def test_a_copy_has_the_energy_of_its_own_base(method: str, how: Callable) -> No
 )
 @pytest.mark.parametrize("rule", [Lyapunov(), RobbinsMonro(1e-3, 1.0, rule=Lyapunov())])
 def test_refusals(make: Callable, error: type, message: str, rule: object) -> None:
-    x, _ = quadratic(0)
+    x, closure = quadratic(0)
+    before, base = x.detach().clone(), make([x])
+    rate = base.param_groups[0]["lr"]
     with pytest.raises(error, match=message):
-        Rescaled(make([x]), rule=rule)
+        Rescaled(base, rule=rule).step(closure)
+    assert torch.equal(x.detach(), before)
+    assert base.param_groups[0]["lr"] == rate
+
+
+@pytest.mark.parametrize(
+    ("base", "changed", "message"),
+    [
+        (lambda p: INNAprop(p, weight_decay=0.0), {"weight_decay": 0.1}, "weight_decay is 0.1"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), {"momentum": 0}, "momentum is 0"),
+    ],
+)
+def test_what_is_changed_later_is_refused_at_the_step(
+    base: Callable, changed: dict[str, float], message: str
+) -> None:
+    x, closure = quadratic(0)
+    optimizer = Rescaled(base([x]), rule=Lyapunov())
+    optimizer.step(closure)
+    before = x.detach().clone()
+    optimizer.param_groups[0].update(changed)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(closure)
+    assert torch.equal(x.detach(), before)
 
 
 def test_the_energy_is_asked_for_by_the_rule_alone() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from curvature.graph import Call
 from curvature.rules.local import TRANSPOSED
-from curvature.rules.table import linear, register
+from curvature.rules.table import Linear, linear, register
 
 
 @linear("AddBackward0", light=True)
@@ -112,45 +115,24 @@ def _adaptive_avg_pool2d(call: Call, x: Tensor) -> Tensor:
     return torch.ops.aten._adaptive_avg_pool2d(x, call.shape()[-2:])
 
 
-@linear("UpsampleNearest1DBackward0")
-def _upsample_nearest1d(call: Call, x: Tensor) -> Tensor:
-    return torch.ops.aten.upsample_nearest1d(x, call.output_size, call.scales)
+def _upsampled(operation: Callable[..., Tensor], call: Call, x: Tensor) -> Tensor:
+    corners = [call.align_corners] if hasattr(call.node, "_saved_align_corners") else []
+    scales = [call.scales] if x.ndim == 3 else [call.scales_h, call.scales_w]
+    if x.ndim == 5:
+        scales.insert(0, call.scales_d)
+    return operation(x, call.output_size, *corners, *scales)
 
 
-@linear("UpsampleNearest2DBackward0")
-def _upsample_nearest2d(call: Call, x: Tensor) -> Tensor:
-    return torch.ops.aten.upsample_nearest2d(x, call.output_size, call.scales_h, call.scales_w)
-
-
-@linear("UpsampleNearest3DBackward0")
-def _upsample_nearest3d(call: Call, x: Tensor) -> Tensor:
-    scales = call.scales_d, call.scales_h, call.scales_w
-    return torch.ops.aten.upsample_nearest3d(x, call.output_size, *scales)
-
-
-@linear("UpsampleLinear1DBackward0")
-def _upsample_linear1d(call: Call, x: Tensor) -> Tensor:
-    size, corners = call.output_size, call.align_corners
-    return torch.ops.aten.upsample_linear1d(x, size, corners, call.scales)
-
-
-@linear("UpsampleBilinear2DBackward0")
-def _upsample_bilinear2d(call: Call, x: Tensor) -> Tensor:
-    scales = call.scales_h, call.scales_w
-    return torch.ops.aten.upsample_bilinear2d(x, call.output_size, call.align_corners, *scales)
-
-
-@linear("UpsampleBicubic2DBackward0")
-def _upsample_bicubic2d(call: Call, x: Tensor) -> Tensor:
-    scales = call.scales_h, call.scales_w
-    return torch.ops.aten.upsample_bicubic2d(x, call.output_size, call.align_corners, *scales)
-
-
-@linear("UpsampleTrilinear3DBackward0")
-def _upsample_trilinear3d(call: Call, x: Tensor) -> Tensor:
-    size, corners = call.output_size, call.align_corners
-    scales = call.scales_d, call.scales_h, call.scales_w
-    return torch.ops.aten.upsample_trilinear3d(x, size, corners, *scales)
+for _name, _operation in (
+    ("UpsampleNearest1DBackward0", torch.ops.aten.upsample_nearest1d),
+    ("UpsampleNearest2DBackward0", torch.ops.aten.upsample_nearest2d),
+    ("UpsampleNearest3DBackward0", torch.ops.aten.upsample_nearest3d),
+    ("UpsampleLinear1DBackward0", torch.ops.aten.upsample_linear1d),
+    ("UpsampleBilinear2DBackward0", torch.ops.aten.upsample_bilinear2d),
+    ("UpsampleBicubic2DBackward0", torch.ops.aten.upsample_bicubic2d),
+    ("UpsampleTrilinear3DBackward0", torch.ops.aten.upsample_trilinear3d),
+):
+    register(_name, Linear(partial(_upsampled, _operation)))
 
 
 @linear("Im2ColBackward0")
