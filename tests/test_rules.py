@@ -588,6 +588,30 @@ def test_every_rule_is_sampled() -> None:
     assert set(table.registered()) == SAMPLES.keys() | SINGLE_PRECISION
 
 
+# In other orders PyTorch refuses these, takes another kernel, or (of the weight of group norm
+# alone, on channels last) crashes in its own gradient.
+CONTIGUOUS = {
+    "NativeGroupNormBackward0",
+    "NllLoss2DBackward0",
+    "NllLossBackward0",
+    "ScaledDotProductFlashAttentionForCpuBackward0",
+    "UnsafeViewBackward0",
+    "ViewBackward0",
+}
+
+
+def laid_out(draw: Any, x: Tensor) -> Tensor:
+    """In one of the orders in memory that a tensor of these dimensions comes in."""
+    order = draw(st.sampled_from(["as it is", "channels last", "reversed"]))
+    if order == "channels last" and x.ndim in (4, 5):
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return x.contiguous(memory_format=formats[x.ndim])
+    if order == "reversed":
+        dims = tuple(reversed(range(x.ndim)))
+        return x.permute(dims).contiguous().permute(dims)
+    return x
+
+
 def bend(output: Tensor) -> Tensor:
     """A loss per entry, with first and second derivatives everywhere."""
     flat = output.reshape(-1)
@@ -602,6 +626,8 @@ def test_rule(name: str, data: st.DataObject, seed: int) -> None:
     torch.manual_seed(seed)
     function, inputs = SAMPLES[name](data.draw)
     inputs = [x.to(F64) for x in inputs]
+    if name not in CONTIGUOUS:
+        inputs = [laid_out(data.draw, x) for x in inputs]
     params = {i: torch.zeros_like(x) for i, x in enumerate(inputs)}
     for moving in itertools.product([True, False], repeat=len(inputs)):
         if not any(moving):
@@ -632,6 +658,15 @@ def test_entries_are_served_some_rows_at_a_time(
     monkeypatch.setattr(table, "IN_CACHE", 6)
     x, v = torch.randn(2, 5, 2, 2, dtype=F64)
     check_agreement(lambda x: function(x.sin()).square().sum((1, 2)), x, v)
+
+
+@fast_only
+@pytest.mark.parametrize("affine", [False, True])
+def test_group_norm_of_channels_last(affine: bool) -> None:
+    x, v = torch.randn(2, 2, 8, 4, 4, dtype=F64)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(8, dtype=F64), torch.randn(8, dtype=F64)] if affine else []
+    check_agreement(lambda x: F.group_norm(x, 4, *weights).sin().sum((1, 2, 3)), x, v)
 
 
 @fast_only

@@ -198,7 +198,8 @@ class GroupNormalised(Normalised):
         self.shape = torch.Size((n, group, c // group, hw))
         self._average, self._deviation = call.result1, call.result2
         # The statistics of half precision are in single.
-        self._x = call.input.to(self._deviation.dtype).reshape(self.shape)
+        # The kernel takes another memory format for this one.
+        self._x = call.input.to(self._deviation.dtype).contiguous().view(self.shape)
         self.rstd = self._deviation.view(n, group, 1, 1)
         self.weight = self.shaped(call.weight)
         self.count = c // group * hw
