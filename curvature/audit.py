@@ -15,6 +15,8 @@ _WRONG = {
     # torch.autograd.grad never runs this node, which would raise: it leads to no parameter.
     "torch::autograd::Error": "a custom autograd.Function is marked once_differentiable",
 }
+NOT_THE_GRADIENT = "what embedding gives with scale_grad_by_freq is not the gradient of the loss"
+_GRADIENTS_OF_NORM = {"NativeLayerNormBackwardBackward0", "NativeBatchNormBackwardBackward0"}
 
 
 class Audit:
@@ -47,7 +49,13 @@ class Audit:
 
             return node.register_hook(note)
 
-        hooks = [watch(node) for node in self._add([output])]
+        nodes = self._add([output])
+        if any(map(_is_wrong_twice, nodes)):
+            self._reason = (
+                "the loss holds a gradient of layer or batch normalisation, of which PyTorch's "
+                'second derivative is wrong; engine="auto" has a rule for it'
+            )
+        hooks = [watch(node) for node in nodes]
         try:
             yield cuts
         finally:
@@ -63,9 +71,20 @@ class Audit:
             if node is not None and node not in self._nodes:
                 self._nodes.add(node)
                 new.append(node)
-                self._reason = self._reason or _WRONG.get(node.name())
+                self._reason = self._reason or _obstacle(node)
                 waiting.extend([parent for parent, _ in node.next_functions])
         return new
+
+
+def _obstacle(node: Node) -> str | None:
+    if node.name() == "EmbeddingBackward0" and node._saved_scale_grad_by_freq:  # type: ignore[attr-defined]
+        return NOT_THE_GRADIENT
+    return _WRONG.get(node.name())
+
+
+def _is_wrong_twice(node: Node) -> bool:
+    # With fixed statistics there is nothing that could be taken for constant.
+    return node.name() in _GRADIENTS_OF_NORM and getattr(node, "_saved_train", True)
 
 
 def without_graph(cotangent: Tensor | None) -> bool:

@@ -32,7 +32,7 @@ class Call:
         kinds: shape and dtype of each output.
         edges: the moving inputs as gradient edges, each once.
         product: the result of a product of two tensors, if it was kept.
-        used: which of the outputs later calls use.
+        used: which of the outputs are losses, or used by later calls.
     """
 
     __slots__ = ("_taken", "inputs", "kinds", "name", "node", "outputs", "product", "used")
@@ -78,9 +78,11 @@ class Call:
         """The shape of an output."""
         return self.kinds[output][0]
 
-    def zeros(self) -> list[Tensor]:
-        """Zeros like the outputs."""
-        return [_zeros(edge) for edge in self.outputs]
+    def zeros(self) -> list[Tensor | None]:
+        """Zeros like the outputs; None where no call uses one, whose shape may not be known."""
+        # A Python function wants them all.
+        used = self.used if callable(self.node) else range(len(self.outputs))
+        return [_zeros(edge) if k in used else None for k, edge in enumerate(self.outputs)]
 
     def still(self) -> Tensors:
         """Zeros like the inputs that move."""
@@ -136,7 +138,10 @@ def _zeros(edge: Edge) -> Tensor:
 
 def _kinds(node: Node) -> list[Kind]:
     """Shape and dtype of each output."""
-    return [(torch.Size(like.shape), like.dtype) for like in node._input_metadata]
+    outputs = node._input_metadata
+    if any(like.is_nested_tensor for like in outputs):
+        raise NotTwiceDifferentiable(f"{node.name()} gives a nested tensor, which no rule serves")
+    return [(torch.Size(like.shape), like.dtype) for like in outputs]
 
 
 def _like_input(cotangent: Tensor | None, kind: Kind | None) -> Tensor | None:
@@ -198,7 +203,7 @@ class Graph:
                     if edge is not None:
                         self.uses[edge] = self.uses.get(edge, 0) + 1
         made = {call.node: call for call in self.calls}
-        for node, k in self.uses:
+        for node, k in (*self.uses, self.root):
             if node in made:
                 made[node].used.add(k)
 

@@ -73,7 +73,7 @@ def finite_difference(
     def mean_and_samples(t: float) -> NDArray[np.float64]:
         with SideEffects(), torch.no_grad():
             moved = [p.detach() + t * v for p, v in zip(flat.leaves, leaves, strict=True)]
-            losses = check_losses(func(flat.rebuild(moved)), graph=False).double().cpu()
+            losses = check_losses(func(flat.rebuild(moved)), graph=False).detach().double().cpu()
         return torch.cat([losses.mean().reshape(1), losses.reshape(-1)]).numpy()
 
     center = mean_and_samples(0.0)

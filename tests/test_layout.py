@@ -44,6 +44,7 @@ FLOORS = {
             "rules.bilinear",
             "rules.choice",
             "rules.elementwise",
+            "rules.gradient_of_norm",
             "rules.linear",
             "rules.loss",
             "rules.moments",

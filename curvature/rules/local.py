@@ -44,14 +44,21 @@ class LocalDoubleBackward(Rule):
     def check(self, call: Call) -> None:
         # A Python function's name does not tell which one it is.
         if call.name not in self._proved or not callable(call.node):
-            self.adjoint(call, call.still(), tuple(call.zeros()))
+            local = _Local(call, call.still(), call.zeros())
+            local.derivatives()
+            if any(g is not None and bool(g.any()) for g in local.pulled):
+                raise _refusal(call, "its backward pass gives a gradient for a cotangent of zero")
             self._proved.add(call.name)
 
+    def differentiable(self, call: Call) -> Call:
+        """A call with the same values whose backward pass autograd differentiates rightly."""
+        return call
+
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        return _anywhere(call, dots).tangent()
+        return _anywhere(self.differentiable(call), dots).tangent()
 
     def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
-        local = _anywhere(call, dots)
+        local = _anywhere(self.differentiable(call), dots)
         outputs, crosses = local.derivatives(create_graph=True)
         with torch.enable_grad():
             number = inner(crosses, dots)
@@ -63,23 +70,26 @@ class LocalDoubleBackward(Rule):
     def adjoint(
         self, call: Call, dots: Tensors, cotangents: Tensors
     ) -> tuple[Tensors, Tensor | None]:
-        outputs, crosses = _Local(call, dots, _filled(call, cotangents)).derivatives()
+        outputs, crosses = self._at(call, dots, cotangents).derivatives()
         return outputs, inner(crosses, dots)
 
     def cross(self, call: Call, dots: Tensors, cotangents: Tensors) -> Tensors:
-        return _Local(call, dots, _filled(call, cotangents)).derivatives()[1]
+        return self._at(call, dots, cotangents).derivatives()[1]
+
+    def _at(self, call: Call, dots: Tensors, cotangents: Tensors) -> _Local:
+        return _Local(self.differentiable(call), dots, _filled(call, cotangents))
 
 
 class _Local:
     """h(u, x) = <J(x)^T u, xdot> of one call, with a graph that ends at the call's inputs."""
 
-    def __init__(self, call: Call, dots: Tensors, u: Sequence[Tensor]) -> None:
+    def __init__(self, call: Call, dots: Tensors, u: Sequence[Tensor | None]) -> None:
         self._call, self._dots = call, dots
-        self.u = [cotangent.detach().requires_grad_() for cotangent in u]
+        self.u = [None if y is None else y.detach().requires_grad_() for y in u]
         with torch.enable_grad(), _refusing(call):
-            pulled = call.pull(*self.u)
-            self._check(pulled)
-            self._h = inner(pulled, dots)
+            self.pulled = call.pull(*self.u)
+            self._check(self.pulled)
+            self._h = inner(self.pulled, dots)
 
     def tangent(self) -> Tensors:
         """J xdot."""
@@ -105,13 +115,15 @@ class _Local:
         *,
         create_graph: bool = False,
     ) -> Tensors:
+        moving = [x for x in inputs if x is not None]
         with _refusing(self._call), _cut({node for node, _ in self._call.edges}):
             grads = torch.autograd.grad(
-                output, inputs, retain_graph=True, create_graph=create_graph, allow_unused=True
+                output, moving, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
         if create_graph:
             self._check_graph(grads)
-        return grads
+        rest = iter(grads)
+        return tuple(None if x is None else next(rest) for x in inputs)
 
     def _check(self, pulled: Tensors) -> None:
         """Refuse a J^T u whose derivative would be wrong without an error."""
@@ -144,7 +156,7 @@ class _Local:
     def _is_zero(self, i: int) -> bool:
         # With u = 0 every J^T u is zero: only another u tells.
         with torch.no_grad():
-            cotangent = self._call.pull(*map(torch.ones_like, self.u))[i]
+            cotangent = self._call.pull(*map(_ones_like, self.u))[i]
         return cotangent is None or not bool(cotangent.any())
 
 
@@ -152,7 +164,7 @@ def _anywhere(call: Call, dots: Tensors) -> _Local:
     """At some u, since h is linear in it."""
     try:
         # Not at 0, where a formula that takes the logarithm of u has no derivative.
-        return _Local(call, dots, [torch.ones_like(zero) for zero in call.zeros()])
+        return _Local(call, dots, list(map(_ones_like, call.zeros())))
     except NotTwiceDifferentiable:
         raise
     except RuntimeError:
@@ -173,14 +185,22 @@ def _refusing(call: Call) -> Iterator[None]:
 
 
 def _refusal(call: Call, reason: str) -> NotTwiceDifferentiable:
+    attention = (
+        "Compute attention inside sdpa_kernel(SDPBackend.MATH) of torch.nn.attention, "
+        if "scaled_dot_product" in reason
+        else "Replace that operation by others, "
+    )
     return NotTwiceDifferentiable(
-        f"PyTorch cannot differentiate {call.name} twice: {reason}. Replace that operation by "
-        "others, register a rule for it (curvature.register_rule), or use curvature.fit, which "
-        "needs only forward passes."
+        f"PyTorch cannot differentiate {call.name} twice: {reason}. {attention}register a rule "
+        "for it (curvature.register_rule), or use curvature.fit, which needs only forward passes."
     )
 
 
-def _filled(call: Call, cotangents: Tensors) -> list[Tensor]:
+def _ones_like(t: Tensor | None) -> Tensor | None:
+    return None if t is None else torch.ones_like(t)
+
+
+def _filled(call: Call, cotangents: Tensors) -> list[Tensor | None]:
     return [
         zero if cotangent is None else cotangent
         for zero, cotangent in zip(call.zeros(), cotangents, strict=True)

@@ -202,7 +202,11 @@ def _slice_scatter(call: Call, x: Tensor | None, source: Tensor | None) -> Tenso
 
 
 def _or_zeros(call: Call, x: Tensor | None) -> Tensor:
-    return call.zeros()[0] if x is None else x
+    if x is not None:
+        return x
+    (zeros,) = call.zeros()
+    assert zeros is not None
+    return zeros
 
 
 @linear("DiagEmbedBackward0")

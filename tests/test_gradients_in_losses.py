@@ -1,0 +1,162 @@
+"""Losses made of gradients: their third derivatives, against plain formulas and differences."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from agreement import assert_close, fast_only
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from curvature import NotTwiceDifferentiable, directional, hvp
+from curvature.testing import check_directional
+
+F64 = torch.float64
+EPS = 1e-2
+
+Norm = Callable[..., Tensor]
+Params = dict[str, Tensor]
+
+
+def plain(x: Tensor, dims: list[int], shape: list[int], w: Tensor | None, b: Any) -> Tensor:
+    z = (x - x.mean(dims, True)) / (x.var(dims, correction=0, keepdim=True) + EPS).sqrt()
+    z = z if w is None else z * w.view(shape)
+    return z if b is None else z + b.view(shape)
+
+
+def layer_norm(shape: list[int]) -> tuple[Norm, Norm, list[int]]:
+    dims = list(range(-len(shape), 0))
+    return (
+        lambda x, w=None, b=None: F.layer_norm(x, shape, w, b, EPS),
+        lambda x, w=None, b=None: plain(x, dims, shape, w, b),
+        shape,
+    )
+
+
+def batch_norm(ndim: int, channels: int) -> tuple[Norm, Norm, list[int]]:
+    dims = [k for k in range(ndim) if k != 1]
+    shape = [1, channels, *[1] * (ndim - 2)]
+    return (
+        lambda x, w=None, b=None: F.batch_norm(x, None, None, w, b, True, eps=EPS),
+        lambda x, w=None, b=None: plain(x, dims, shape, w, b),
+        [channels],
+    )
+
+
+def of_gradients(norm: Norm) -> Callable[[Params], Tensor]:
+    """A loss per gradient of a loss of the normalised input, as of the parameters that move."""
+
+    def losses(params: Params) -> Tensor:
+        y = norm(*params.values())
+        weights = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)
+        inner = (y.sin() * weights).sum() + y.pow(3).mean()
+        moving = [p for p in params.values() if p.requires_grad]
+        gradients = torch.autograd.grad(inner, moving, create_graph=True)
+        return torch.stack([g.pow(2).sum() + g.sin().sum() for g in gradients])
+
+    return losses
+
+
+@fast_only
+@settings(max_examples=30)
+@given(data=st.data())
+def test_gradients_of_normalisations(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 999)))
+    places = data.draw(st.lists(st.integers(2, 3), max_size=2))
+    if data.draw(st.booleans()):
+        fused, formula, shape = layer_norm([*places, 3])
+        x = torch.randn(*data.draw(st.sampled_from([[], [1], [4], [2, 2]])), *shape)
+    else:
+        fused, formula, shape = batch_norm(2 + len(places), 2)
+        x = torch.randn(3, 2, *places)
+    inputs = [x, *[torch.randn(shape) for _ in range(data.draw(st.integers(0, 2)))]]
+    inputs = [t.to(F64) for t in inputs]
+    moving = data.draw(
+        st.sampled_from([m for m in itertools.product([True, False], repeat=len(inputs)) if any(m)])
+    )
+    fixed = {str(i): t for i, t in enumerate(inputs)}
+    params = {k: t for (k, t), moves in zip(fixed.items(), moving, strict=True) if moves}
+    direction = {k: torch.randn_like(p) for k, p in params.items()}
+
+    def func(p: Params) -> Tensor:
+        return of_gradients(fused)({**fixed, **p})
+
+    def expected(p: Params) -> Tensor:
+        return of_gradients(formula)({**fixed, **p})
+
+    for per_sample in (False, True):
+        found = directional(func, params, direction, per_sample=per_sample)
+        exact = directional(expected, params, direction, per_sample=per_sample, engine="reference")
+        assert_close(found.slope, exact.slope)
+        assert_close(found.curvature, exact.curvature)
+        if per_sample:
+            assert found.per_sample is not None
+            assert exact.per_sample is not None
+            assert_close(found.per_sample.curvature, exact.per_sample.curvature)
+    products = hvp(func, params, direction)
+    exact_products = hvp(expected, params, direction, engine="reference")
+    for k in params:
+        assert_close(products[k], exact_products[k])
+
+
+def test_the_reference_refuses_gradients_of_normalisations_whose_derivative_is_wrong() -> None:
+    x, v = torch.randn(2, 3, 4, dtype=F64)
+    losses = of_gradients(lambda x: F.layer_norm(x, (4,)))
+    with pytest.raises(NotTwiceDifferentiable, match="a gradient of layer or batch normalisation"):
+        directional(losses, {"x": x}, {"x": v}, engine="reference")
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "batch": lambda: nn.BatchNorm2d(4),
+    "batch, evaluating": lambda: nn.BatchNorm2d(4).eval(),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True),
+    "group": lambda: nn.GroupNorm(2, 4),
+    "layer": lambda: nn.LayerNorm((4, 5, 5)),
+}
+
+
+@fast_only
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradient_penalties(norm: str) -> None:
+    """As of a convolutional critic: some derivatives of the backward passes go nowhere."""
+    critic = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), NORMS[norm](), nn.Softplus(), nn.Conv2d(4, 1, 3, bias=False)
+    ).to(F64)
+    images = torch.randn(3, 1, 5, 5, dtype=F64)
+
+    @torch.enable_grad()
+    def losses(params: Params) -> Tensor:
+        x = images.clone().requires_grad_()
+        scores = torch.func.functional_call(critic, params, x).sum((1, 2, 3))
+        (slopes,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+        return scores + 10 * (slopes.square().sum((1, 2, 3)) + 0.1).sqrt()
+
+    params = {name: p.detach() for name, p in critic.named_parameters()}
+    v = {name: torch.randn_like(p) for name, p in params.items()}
+    check_directional(losses, params, v, step=0.02)
+    product = hvp(losses, params, v)
+    along = sum((product[name] * v[name]).sum() for name in v)
+    torch.testing.assert_close(along, directional(losses, params, v).curvature)
+
+
+@fast_only
+def test_a_step_of_gradient_descent_through_batch_norm() -> None:
+    """As in meta-learning."""
+    x, params = torch.randn(5, 4, dtype=F64), {"A": torch.randn(4, 3, dtype=F64)}
+    params |= {"w": torch.ones(3, dtype=F64), "b": torch.zeros(3, dtype=F64)}
+
+    def inner(p: Params) -> Tensor:
+        return F.batch_norm(x @ p["A"], None, None, p["w"], p["b"], True).sin().square().sum()
+
+    @torch.enable_grad()
+    def outer(p: Params) -> Tensor:
+        p = {k: t if t.requires_grad else t.clone().requires_grad_() for k, t in p.items()}
+        gradients = torch.autograd.grad(inner(p), list(p.values()), create_graph=True)
+        return inner({k: t - 0.1 * g for (k, t), g in zip(p.items(), gradients, strict=True)})
+
+    check_directional(outer, params, {k: torch.randn_like(t) for k, t in params.items()}, step=0.02)
