@@ -54,7 +54,8 @@ class Forward:
         saved: what autograd saved, if that can be freed.
         origins: where operations came from.
         products: the results of products of two tensors that both have a graph, by their nodes.
-        hooks_interfere: whether a hook, put on a tensor in the forward pass, changed a cotangent.
+        hooks_interfere: whether a hook, put in the forward pass on a tensor that was computed,
+            changed a cotangent.
     """
 
     def __init__(self, *, freeing: bool) -> None:
@@ -109,7 +110,8 @@ class Forward:
     def _register_hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
         def watched(cotangent: Tensor) -> Tensor | None:
             changed = hook(cotangent)
-            if changed is not None:
+            # A parameter's own hook changes its gradient alone.
+            if changed is not None and not tensor.is_leaf:
                 self.hooks_interfere = True
             return changed
 

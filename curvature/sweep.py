@@ -101,7 +101,7 @@ class Sweep:
     def _need_cotangents(self) -> None:
         if not self.cotangents.collected:
             self._collect()
-        if self._hooked():
+        if self.hooked():
             raise ValueError(
                 "a backward hook may have changed the cotangents, so that they are not those of "
                 'the loss: remove it, or use engine="reference", which differentiates through it'
@@ -116,9 +116,10 @@ class Sweep:
 
     def _trustworthy(self) -> bool:
         """Whether the cotangents were collected, and no hook had a hand in them."""
-        return self.cotangents.collected and not self._hooked()
+        return self.cotangents.collected and not self.hooked()
 
-    def _hooked(self) -> bool:
+    def hooked(self) -> bool:
+        """Whether a hook may have changed a cotangent of the backward pass."""
         # Modules with backward hooks put this operation into the graph.
         modules = any(call.name == "BackwardHookFunctionBackward" for call in self._graph.calls)
         return modules or self._forward_pass.hooks_interfere

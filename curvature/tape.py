@@ -15,6 +15,7 @@ from curvature.differentiable import derivative_mode, twice_differentiable
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradients
+from curvature.hooked import check_slope
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
 from curvature.reference import DoubleBackward
@@ -96,6 +97,7 @@ class Tape:
         self._losses: Tensor | None = None
         self._params: Flat | None = None
         self._engine: Sweep | DoubleBackward | None = None
+        self._doubtful: list[Tensor | None] | None = None
 
     def __enter__(self) -> Tape:
         if self._recorded:
@@ -120,6 +122,11 @@ class Tape:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+        if self._low_memory and "saved tensor hooks" in str(error):
+            raise RuntimeError(
+                "low_memory=True holds what autograd saves, which torch.func inside the loss does "
+                "not allow: use Tape()"
+            ) from error
 
     def backward(
         self, losses: Tensor, params: Any, *, cotangents: bool = True, accumulate: bool = False
@@ -152,12 +159,14 @@ class Tape:
             {'x': tensor([2., 4.])}
         """
         flat = check_differentiable(losses, params)
-        self._losses, self._params, self._engine = losses, flat, None
+        self._losses, self._params, self._engine, self._doubtful = losses, flat, None, None
         with self._deriving(losses):
             sweep = self._sweep()
             keep = cotangents and not self._low_memory
             with sweep.cotangents.collecting() if sweep and keep else nullcontext():
                 leaves = gradients(losses, flat, retain_graph=True, accumulate=accumulate)
+        if sweep is not None and sweep.hooked():
+            self._doubtful = [None if g is None else g.clone() for g in leaves]
         return flat.rebuild(leaves)
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
@@ -172,7 +181,8 @@ class Tape:
                 curvature of sample b is v^T H_b v with H_b the Hessian of its loss.
 
         Raises:
-            ValueError, TypeError: direction does not fit params; the message names the entry.
+            ValueError, TypeError: direction does not fit params; the message names the entry; or
+                a hook made the gradient another than that of the loss.
             NotTwiceDifferentiable: PyTorch has no second derivative for an operation.
 
         Example:
@@ -192,7 +202,10 @@ class Tape:
                 'use reduction="none" and leave the mean to this package'
             )
         leaves = flatten_direction(direction, params)
-        return self._answer(lambda engine: engine.directional(leaves, per_sample=per_sample))
+        q = self._answer(lambda engine: engine.directional(leaves, per_sample=per_sample))
+        if self._doubtful is not None and isinstance(self._engine, Sweep):
+            check_slope(q.slope, self._doubtful, leaves)
+        return q
 
     def gauss_newton(self, direction: Any, outputs: Tensor | Sequence[Tensor]) -> Quadratic:
         """Value, slope and the curvature v^T G v of the generalised Gauss-Newton matrix.

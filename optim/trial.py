@@ -149,7 +149,8 @@ class Trial:
         if t * abs(slope) > rounding and self.loss_after(t) == again:
             raise ValueError(
                 "the closure gives the same loss for other parameters, though its gradient is not "
-                "zero: compute the loss, and all that it is made of, inside the closure"
+                "zero: compute the loss, and all that it is made of, inside the closure; of what "
+                "only a straight-through estimator differentiates, there is no loss ahead to see"
             )
 
     def slope_after(self, step: float) -> float:

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 import curvature
-from curvature import NotTwiceDifferentiable, Objective, Tape, directional, hvp
+from curvature import NotTwiceDifferentiable, Objective, Quadratic, Tape, directional, hvp
 from curvature.sweep import Sweep
 
 F64 = torch.float64
@@ -308,14 +308,70 @@ class OnceDifferentiableCosine(torch.autograd.Function):
         (CutsGraph.apply, "CutsGraphBackward.* returns a gradient without graph"),
         (lambda x: x + CutsGraph.apply(x), "CutsGraphBackward.* returns a gradient without graph"),
         (F.hardsigmoid, "hardsigmoid_backward"),
+        (
+            lambda x: F.embedding(torch.tensor([0, 0]), x, scale_grad_by_freq=True),
+            "scale_grad_by_freq is not the gradient of the loss",
+        ),
     ],
-    ids=["once differentiable", "cut", "cut on one of two paths", "not implemented"],
+    ids=["once differentiable", "cut", "cut on one of two paths", "not implemented", "scaled"],
 )
 def test_refusals(operation, reason: str, engine: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(NotTwiceDifferentiable, match=reason):
         directional(
             lambda x: operation(x).square().sum(), torch.ones(2, 2), torch.ones(2, 2), engine=engine
         )
+
+
+class PenaltyByGradient(torch.autograd.Function):
+    """The sum of x, and what only its gradient holds of the sum of (x² / 2)."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        return cotangent + ctx.saved_tensors[0]
+
+
+@every_engine
+def test_a_gradient_that_is_not_linear_in_its_cotangent_is_left_to_double_backward(
+    engine: str,
+) -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with Tape(engine=engine) as tape:
+        loss = PenaltyByGradient.apply(x)
+    (g,) = tape.backward(loss, [x])
+    q = tape.directional([torch.ones(2)])
+    assert (g.tolist(), q.slope, q.curvature, q.engine) == ([2, 3], 5, 2, "reference")
+
+
+@fast_only
+def test_attention_in_a_gradient_penalty_says_how_it_is_served() -> None:
+    q = torch.randn(1, 1, 3, 4, requires_grad=True)
+    with Tape() as tape:
+        y = F.scaled_dot_product_attention(q, q, q).sin().sum()
+        (slopes,) = torch.autograd.grad(y, q, create_graph=True)
+    with pytest.raises(NotTwiceDifferentiable, match=r"inside sdpa_kernel\(SDPBackend.MATH\)"):
+        tape.backward(slopes.square().sum(), [q])
+
+
+@every_engine
+def test_nested_tensors_are_left_to_double_backward(engine: str) -> None:
+    layer = nn.Linear(4, 2)
+    rows = [torch.randn(3, 4), torch.randn(5, 4)]
+
+    def curvature_of(x: torch.Tensor) -> Quadratic:
+        params = list(layer.parameters())
+        with Tape(engine=engine) as tape:
+            y = layer(x).tanh()
+            loss = (y.values() if y.is_nested else y).square().sum()
+        return tape.directional(tape.backward(loss, params))
+
+    q = curvature_of(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    assert q.engine == "reference"
+    torch.testing.assert_close(q.curvature, curvature_of(torch.cat(rows)).curvature)
 
 
 @every_engine
@@ -368,13 +424,15 @@ def hooked(x: torch.Tensor) -> torch.Tensor:
 
 @fast_only
 def test_hooks_that_change_a_cotangent() -> None:
-    """The reference cannot see through a cut; the jets need no cotangent, the others refuse."""
+    """Then the gradient is not that of the loss."""
     x, v = torch.ones(2), torch.tensor([1.0, 2.0])
     with pytest.raises(NotTwiceDifferentiable, match="gradient without graph"):
         directional(hooked, x, v, engine="reference")
-    q = directional(hooked, x, v)
-    # (x + x²)² has derivative 12 and second derivative 26 at 1
-    assert (q.slope, q.curvature, q.engine) == (36, 130, "jet")
+    # (x + x²)² has derivative 12 at 1
+    with pytest.raises(
+        ValueError, match="has slope 36 along the direction, but its gradient gives 60"
+    ):
+        directional(hooked, x, v)
     with pytest.raises(ValueError, match="a backward hook may have changed"):
         hvp(hooked, x, v)
 
@@ -396,22 +454,28 @@ def test_hooks_that_only_look_change_nothing() -> None:
 @fast_only
 def test_backward_hooks_of_modules() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh()).to(F64)
-    model[1].register_full_backward_hook(lambda module, before, after: (2 * before[0],))
+    looking = model[1].register_full_backward_hook(lambda module, before, after: None)
     x = torch.randn(3, 2, dtype=F64)
     J = Objective(model, lambda y, _: y.square().sum(1), (x, None))
     v = {name: torch.randn_like(p) for name, p in J.params.items()}
     q = directional(J, J.params, v)
     assert q.engine.startswith("jet")
-    model[1]._backward_hooks.clear()
+    looking.remove()
     torch.testing.assert_close(q.curvature, directional(J, J.params, v).curvature)
+    model[1].register_full_backward_hook(lambda module, before, after: (2 * before[0],))
+    with pytest.raises(ValueError, match="a backward hook has changed it"):
+        directional(J, J.params, v)
 
 
 @fast_only
 def test_a_hook_of_a_parameter_changes_its_gradient_and_not_the_loss() -> None:
-    x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda cotangent: 2 * cotangent.detach())
-    for engine in ("reference", "auto"):
+    for engine, inside in (("reference", False), ("auto", False), ("auto", True)):
+        x = torch.ones(2, requires_grad=True)
+        if not inside:
+            x.register_hook(lambda cotangent: 2 * cotangent.detach())
         with Tape(engine=engine) as tape:
+            if inside:
+                x.register_hook(lambda cotangent: 2 * cotangent.detach())
             loss = (x**2).sum()
         assert tape.backward(loss, [x])[0].tolist() == [4, 4]
         if engine == "reference":

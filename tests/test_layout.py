@@ -12,6 +12,7 @@ FLOORS = {
         {
             "calls",
             "errors",
+            "hooked",
             "losses",
             "objective",
             "origin",

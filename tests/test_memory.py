@@ -121,6 +121,13 @@ def test_thresholds_are_set_back_after_an_error(monkeypatch: pytest.MonkeyPatch)
     assert library.calls == [(-3, 2**18), (-3, 2**25)]
 
 
+@fast_only
+def test_transforms_that_allow_no_holding_are_named() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"torch\.func inside the loss"), Tape(low_memory=True):
+        torch.func.grad(lambda x: x.sin().sum())(x)
+
+
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     assert allocation._glibc.__wrapped__() is None

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from curvature.audit import NOT_THE_GRADIENT
+from curvature.errors import NotTwiceDifferentiable
 from curvature.graph import Call
 from curvature.rules.local import TRANSPOSED
 from curvature.rules.table import Linear, linear, register
@@ -88,13 +90,21 @@ def _cumsum(call: Call, x: Tensor) -> Tensor:
     return x.cumsum(call.dim)
 
 
-@linear("EmbeddingBackward0")
+class _Embedding(Linear):
+    def check(self, call: Call) -> None:
+        if call.scale_grad_by_freq:
+            raise NotTwiceDifferentiable(f"{NOT_THE_GRADIENT}: turn it off")
+
+
 def _embedding(call: Call, weight: Tensor) -> Tensor:
     rows = F.embedding(call.indices, weight)
     if call.padding_idx >= 0:
         # Autograd holds the padding row constant.
         rows = rows.masked_fill((call.indices == call.padding_idx).unsqueeze(-1), 0)
     return rows
+
+
+register("EmbeddingBackward0", _Embedding(_embedding))
 
 
 @linear("AvgPool2DBackward0")
