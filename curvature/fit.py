@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvature.along import Along
 from curvature.arguments import check_callable
 from curvature.arguments import number as as_number
 from curvature.errors import NonFiniteLoss
-from curvature.losses import check_losses, describe_non_finite, is_finite
+from curvature.losses import describe_non_finite, is_finite
 from curvature.quadratic import Quadratic
-from curvature.side_effects import SideEffects
 from curvature.trees import flatten_direction, flatten_params
 
 
@@ -78,11 +78,9 @@ def fit(
     points = _check_steps(steps, degree, known)
 
     losses = []
+    losses_at = Along(func, flat, leaves)
     for t in points:
-        with SideEffects(), torch.no_grad():
-            moved = [p.detach() + t * v for p, v in zip(flat.leaves, leaves, strict=True)]
-            loss = check_losses(_without_graph(func, flat.rebuild(moved)), graph=False)
-            del moved
+        loss = losses_at(t)
         if not is_finite(loss):
             raise NonFiniteLoss(f"at step {t}, {describe_non_finite(loss)}")
         losses.append(loss)
@@ -96,18 +94,6 @@ def fit(
         engine="fit",
         coefficients=coefficients,
     )
-
-
-def _without_graph(func: Callable[[Any], Tensor], params: Any) -> Tensor:
-    try:
-        return func(params)
-    except RuntimeError as error:
-        if "does not require grad" not in str(error):
-            raise
-        raise RuntimeError(
-            "the function differentiates inside itself, but is evaluated without a graph here; put "
-            "torch.enable_grad() around that part of it"
-        ) from error
 
 
 def _known(name: str, number: float | Tensor | None) -> float | None:

@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvature.along import Along
 from curvature.arguments import check_callable, number
 from curvature.directional import directional
 from curvature.hvp import hvp
-from curvature.losses import check_losses
 from curvature.quadratic import Quadratic
-from curvature.side_effects import SideEffects
 from curvature.trees import flatten_direction, flatten_params
 
 __all__ = ["check_directional", "check_rule", "finite_difference"]
@@ -70,10 +69,10 @@ def finite_difference(
     if length == 0:
         raise ValueError("direction is zero: there is no line to take differences along")
 
+    losses_at = Along(func, flat, leaves)
+
     def mean_and_samples(t: float) -> NDArray[np.float64]:
-        with SideEffects(), torch.no_grad():
-            moved = [p.detach() + t * v for p, v in zip(flat.leaves, leaves, strict=True)]
-            losses = check_losses(func(flat.rebuild(moved)), graph=False).detach().double().cpu()
+        losses = losses_at(t).double().cpu()
         return torch.cat([losses.mean().reshape(1), losses.reshape(-1)]).numpy()
 
     center = mean_and_samples(0.0)

@@ -41,13 +41,18 @@ class Plain(torch.enable_grad):
         return gradient(losses, params, accumulate=accumulate)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Setting:
-    """What surrounds every evaluation of a wrapper."""
+    """What surrounds every evaluation of a wrapper.
+
+    Attributes:
+        differentiates: whether a closure was seen to differentiate on its way to the loss.
+    """
 
     loss_scale: LossScale
     ranks: Ranks
     called: Called
+    differentiates: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,8 +298,8 @@ def _check_none_left(params: Sequence[Tensor]) -> None:
         )
 
 
-def losses_again(closure: Closure, known: Evaluation) -> Tensor:
-    """The losses of a closure that is run again without a graph; its gradients are those known."""
+def losses_again(closure: Closure, known: Evaluation, *, graph: bool) -> Tensor:
+    """The losses of a closure that is run again; its gradients are those known."""
     found: list[Tensor] = []
 
     def called(loss: Tensor) -> None:
@@ -302,14 +307,6 @@ def losses_again(closure: Closure, known: Evaluation) -> Tensor:
         accumulate(known)
 
     forget_casts()
-    with intercepted(called), torch.no_grad(), resharded():
-        try:
-            result = closure()
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            raise RuntimeError(
-                "the closure differentiates on its way to the loss, which is evaluated without a "
-                "graph to look ahead: put torch.enable_grad() around that part of it"
-            ) from error
-    return found[0] if found else result
+    with intercepted(called), torch.set_grad_enabled(graph), resharded():
+        result: Tensor = closure()
+    return (found[0] if found else result).detach()

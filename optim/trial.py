@@ -85,11 +85,23 @@ class Trial:
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
         """The mean loss with other values in the parameters, by the same random numbers."""
         with self.aside(), self._moved_to(values):
-            losses = [losses_again(closure, self.evaluation) for closure in self.closures]
+            losses = self._losses_again()
         shares = self.evaluation.shares
         local = sum(k * _mean(x) for k, x in zip(shares, losses, strict=True))
         (mean,) = self.means(local)
         return torch.tensor(mean + self.penalty.value(values), dtype=torch.float64)
+
+    def _losses_again(self) -> list[Tensor]:
+        """Without a graph, unless a closure itself differentiates on its way."""
+        graph = self.setting.differentiates
+        try:
+            return [losses_again(c, self.evaluation, graph=graph) for c in self.closures]
+        except RuntimeError as error:
+            if graph or "does not require grad" not in str(error):
+                raise
+        self.setting.differentiates = True
+        self.effects.rewind()
+        return [losses_again(c, self.evaluation, graph=True) for c in self.closures]
 
     def value(self) -> float:
         """The mean loss at theta."""

@@ -129,7 +129,6 @@ def test_gradient_penalties(norm: str) -> None:
     ).to(F64)
     images = torch.randn(3, 1, 5, 5, dtype=F64)
 
-    @torch.enable_grad()
     def losses(params: Params) -> Tensor:
         x = images.clone().requires_grad_()
         scores = torch.func.functional_call(critic, params, x).sum((1, 2, 3))
@@ -153,9 +152,7 @@ def test_a_step_of_gradient_descent_through_batch_norm() -> None:
     def inner(p: Params) -> Tensor:
         return F.batch_norm(x @ p["A"], None, None, p["w"], p["b"], True).sin().square().sum()
 
-    @torch.enable_grad()
     def outer(p: Params) -> Tensor:
-        p = {k: t if t.requires_grad else t.clone().requires_grad_() for k, t in p.items()}
         gradients = torch.autograd.grad(inner(p), list(p.values()), create_graph=True)
         return inner({k: t - 0.1 * g for (k, t), g in zip(p.items(), gradients, strict=True)})
 

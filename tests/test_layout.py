@@ -29,7 +29,7 @@ FLOORS = {
             "side_effects",
             "trees",
         },
-        {"graph"},
+        {"along", "graph"},
         {"quadratic"},
         {
             "gradient",

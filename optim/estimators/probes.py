@@ -19,8 +19,7 @@ class Probes(Estimator):
     """Least squares through losses at theta - eta p d: equation (3.4) of GeN (Bu, Xu).
 
     The losses are taken on the step's batch, with the same random numbers and without touching
-    parameters or buffers. Probing calls the closure again, without a graph: draw the batch
-    outside it, and put :class:`torch.enable_grad` around what differentiates inside it.
+    parameters or buffers. Probing calls the closure again: draw the batch outside it.
 
     Args:
         points: p, in units of eta, the step that the rule expects to take. (-1, 1) is the

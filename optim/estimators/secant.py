@@ -33,8 +33,7 @@ class Secant(Estimator):
     Before any step was taken, t is searched from 1e-6 times the parameters upwards by factors
     of four, up to 1e2: the automatic search of GeN's appendix C.4.2.
 
-    Probing calls the closure again, without a graph: draw the batch outside it, and put
-    :class:`torch.enable_grad` around what differentiates inside it.
+    Probing calls the closure again: draw the batch outside it.
 
     Example:
         >>> import torch

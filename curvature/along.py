@@ -1,0 +1,48 @@
+"""The losses along a line, by forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.losses import check_losses
+from curvature.side_effects import SideEffects
+from curvature.trees import Flat
+
+
+class Along:
+    """J(theta + t v) as a function of t, evaluated without a graph.
+
+    But where the function itself differentiates on its way, as for a penalty on gradients.
+    """
+
+    def __init__(
+        self, func: Callable[[Any], Tensor], params: Flat, direction: Sequence[Tensor]
+    ) -> None:
+        self._func, self._params, self._direction = func, params, direction
+        self._differentiates = False
+
+    def __call__(self, t: float) -> Tensor:
+        """The losses there, without graph.
+
+        Raises:
+            TypeError, ValueError: they are no losses.
+        """
+        try:
+            return self._at(t)
+        except RuntimeError as error:
+            if self._differentiates or "does not require grad" not in str(error):
+                raise
+        self._differentiates = True
+        return self._at(t)
+
+    def _at(self, t: float) -> Tensor:
+        pairs = zip(self._params.leaves, self._direction, strict=True)
+        with SideEffects(), torch.set_grad_enabled(self._differentiates):
+            moved = [
+                (p.detach() + t * v).detach().requires_grad_(self._differentiates) for p, v in pairs
+            ]
+            return check_losses(self._func(self._params.rebuild(moved)), graph=False).detach()
