@@ -97,7 +97,7 @@ class Tape:
         self._losses: Tensor | None = None
         self._params: Flat | None = None
         self._engine: Sweep | DoubleBackward | None = None
-        self._doubtful: list[Tensor | None] | None = None
+        self._hooked_gradient: list[Tensor | None] | None = None
 
     def __enter__(self) -> Tape:
         if self._recorded:
@@ -159,14 +159,14 @@ class Tape:
             {'x': tensor([2., 4.])}
         """
         flat = check_differentiable(losses, params)
-        self._losses, self._params, self._engine, self._doubtful = losses, flat, None, None
+        self._losses, self._params, self._engine, self._hooked_gradient = losses, flat, None, None
         with self._deriving(losses):
             sweep = self._sweep()
             keep = cotangents and not self._low_memory
             with sweep.cotangents.collecting() if sweep and keep else nullcontext():
                 leaves = gradients(losses, flat, retain_graph=True, accumulate=accumulate)
         if sweep is not None and sweep.hooked():
-            self._doubtful = [None if g is None else g.clone() for g in leaves]
+            self._hooked_gradient = [None if g is None else g.clone() for g in leaves]
         return flat.rebuild(leaves)
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
@@ -203,8 +203,8 @@ class Tape:
             )
         leaves = flatten_direction(direction, params)
         q = self._answer(lambda engine: engine.directional(leaves, per_sample=per_sample))
-        if self._doubtful is not None and isinstance(self._engine, Sweep):
-            check_slope(q.slope, self._doubtful, leaves)
+        if self._hooked_gradient is not None and isinstance(self._engine, Sweep):
+            check_slope(q.slope, self._hooked_gradient, leaves)
         return q
 
     def gauss_newton(self, direction: Any, outputs: Tensor | Sequence[Tensor]) -> Quadratic:
