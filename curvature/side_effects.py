@@ -145,8 +145,8 @@ class SideEffects:
             ...     int(norm.num_batches_tracked)
             0
         """
-        self._restore_buffers()
         self.random.restore()
+        self._restore_buffers()
 
     def _before(self, module: nn.Module) -> None:
         if self._calls.depth == 0:
@@ -184,7 +184,8 @@ class SideEffects:
         for buffer, copy in self._contents.values():
             # An unchanged buffer is not written: a write would invalidate graphs that saved it.
             if not torch.equal(buffer, copy):
-                buffer.copy_(copy)
+                with torch.inference_mode(buffer.is_inference()):
+                    buffer.copy_(copy)
 
 
 def _fill(module: nn.Module, name: str, buffer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from curvature import NonFiniteLoss, gradient
 from optim.autocast import autocast_noted, forget_casts
@@ -18,6 +20,7 @@ from optim.called import Called
 from optim.inner import inner
 from optim.intercept import intercepted
 from optim.loss_scale import LossScale
+from optim.own_hooks import hooked, own_hooks_off
 from optim.ranks import Ranks
 from optim.sharded import local, resharded
 
@@ -150,6 +153,7 @@ def differentiated(
 ) -> Evaluation:
     """Run one closure forward, and backward unless it does so itself."""
     found: list[Evaluation] = []
+    differentiated_loss: list[Tensor] = []
 
     def called(loss: Tensor) -> None:
         if found:
@@ -157,6 +161,7 @@ def differentiated(
                 "the closure calls backward more than once; for several parts of a batch give "
                 "step a list of closures that return the loss of a part each"
             )
+        differentiated_loss.append(loss)
         found.append(_backward(loss, recorder, params, setting, all_leaves=all_leaves))
         if found[0].unusable is not None:
             for p in found[0].params:
@@ -171,9 +176,21 @@ def differentiated(
         if not found:
             _check_none_left(params)
             return replace(_backward(result, recorder, params, setting), eps=precision.eps)
+    _check_same_loss(result, differentiated_loss.pop())
     result = result.detach() if isinstance(result, Tensor) else result
     _check_unscaled(result, found[0].losses)
     return replace(found[0], result=result, eps=precision.eps, accumulated=True)
+
+
+def _check_same_loss(result: Any, loss: Tensor) -> None:
+    """Refuse a loss other than the one that the closure called backward on, or a part of it."""
+    if not isinstance(result, Tensor) or result.grad_fn is None:
+        return
+    if result.grad_fn not in _behind(loss):
+        raise ValueError(
+            "the closure calls backward on another loss than it returns; to differentiate on the "
+            "way to the loss, as for an adversarial input, use torch.autograd.grad"
+        )
 
 
 def _check_unscaled(result: Any, loss: Tensor) -> None:
@@ -207,10 +224,11 @@ def _backward(
             # Of a scaled loss others would get the scaled gradient.
             if setting.ranks.several or (all_leaves and scale == 1):
                 others = _other_leaves(scaled, now)
-                with without_grads(now):
+                with without_grads(now), own_hooks_off(now):
                     grads = recorder.backward(scaled, now, accumulate=True)
             else:
-                grads = recorder.backward(scaled, now)
+                with own_hooks_off(now):
+                    grads = recorder.backward(scaled, now)
         except NonFiniteLoss as error:
             unusable = str(error)
         for g in grads:
@@ -239,17 +257,20 @@ def _backward(
 
 def _other_leaves(losses: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """What else backward gives a gradient to."""
-    known, seen, waiting = set(params), set(), [losses.grad_fn]
-    leaves: list[Tensor] = []
+    known = set(params)
+    leaves = [node.variable for node in _behind(losses) if hasattr(node, "variable")]
+    return [leaf for leaf in leaves if leaf not in known]
+
+
+def _behind(loss: Tensor) -> Iterator[Node]:
+    """The graph of a loss, what is nearest to it first."""
+    seen, waiting = set(), deque([loss.grad_fn])
     while waiting:
-        node = waiting.pop()
+        node = waiting.popleft()
         if node is not None and node not in seen:
             seen.add(node)
-            waiting += [parent for parent, _ in node.next_functions]
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and leaf not in known:
-                leaves.append(leaf)
-    return leaves
+            yield node
+            waiting.extend(parent for parent, _ in node.next_functions)
 
 
 def _weighed(losses: Any, ranks: Ranks) -> tuple[float, float, str | None]:
@@ -286,7 +307,7 @@ def accumulate(found: Evaluation) -> None:
     _check_none_left(found.params)
     for p, g in zip(found.params, found.grads, strict=True):
         # A copy, since clipping works in place.
-        p.grad = None if g is None else g.clone()
+        p.grad = None if g is None else hooked(p, g.clone())
 
 
 def _check_none_left(params: Sequence[Tensor]) -> None:
@@ -296,6 +317,18 @@ def _check_none_left(params: Sequence[Tensor]) -> None:
             "p.grad holds gradients that were computed outside this step's closure; call zero_grad "
             "in it, or, to accumulate several parts of a batch, give step a list of closures"
         )
+
+
+def lacks_graph(error: RuntimeError) -> bool:
+    """Whether a closure asked for a graph where it was run without one."""
+    return any(sign in str(error) for sign in _SIGNS)
+
+
+_SIGNS = (
+    "does not require grad",  # torch.autograd.grad
+    "that doesn't require gradient",  # Tensor.register_hook
+    "can't retain_grad",
+)
 
 
 def losses_again(closure: Closure, known: Evaluation, *, graph: bool) -> Tensor:

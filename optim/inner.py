@@ -62,7 +62,9 @@ def _blockwise(a: Tensor, b: Tensor) -> Tensor:
         return torch.dot(a, b).double()
     whole = len(a) - len(a) % _BLOCK
     blocks = a[:whole].view(-1, _BLOCK), b[:whole].view(-1, _BLOCK)
-    sums: Tensor = torch.linalg.vecdot(*blocks)
+    # To a caller's autocast it is a product of matrices.
+    with torch.autocast(a.device.type, enabled=False):
+        sums: Tensor = torch.linalg.vecdot(*blocks)
     return _with_rest(sums.double().sum(), a[whole:], b[whole:])
 
 

@@ -17,6 +17,7 @@ from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
 from optim.evaluation import Evaluation
 from optim.line import Estimate, Line
+from optim.own_hooks import hooked
 from optim.ranges import check_count
 from optim.record import StepRecord
 from optim.rules import Rule
@@ -184,6 +185,7 @@ class Stepper:
             taken: set[int] = set()
             for p, g in zip(found.params, found.grads, strict=True):
                 if g is not None:
+                    g = hooked(p, g)  # noqa: PLW2901
                     # As backward leaves them: each in memory of its own, to be written to.
                     memory = local(g).data_ptr()
                     expanded = 0 in g.stride()

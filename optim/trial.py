@@ -22,6 +22,7 @@ from optim.evaluation import (
     Setting,
     differentiated,
     evaluate,
+    lacks_graph,
     losses_again,
     without_grads,
 )
@@ -32,6 +33,7 @@ from optim.sharded import is_sharded, local
 R = TypeVar("R", bound=Recorder)
 
 _NEAR = 1e-3  # times the parameters
+_NEARER = 8.0
 _MODERATE = 2.0**16  # times 1, up or down
 
 
@@ -92,12 +94,12 @@ class Trial:
         return torch.tensor(mean + self.penalty.value(values), dtype=torch.float64)
 
     def _losses_again(self) -> list[Tensor]:
-        """Without a graph, unless a closure itself differentiates on its way."""
+        """Without a graph, unless a closure asks for one on its way, as to differentiate."""
         graph = self.setting.differentiates
         try:
             return [losses_again(c, self.evaluation, graph=graph) for c in self.closures]
         except RuntimeError as error:
-            if graph or "does not require grad" not in str(error):
+            if graph or not lacks_graph(error):
                 raise
         self.setting.differentiates = True
         self.effects.rewind()
@@ -148,7 +150,8 @@ class Trial:
         """Refuse closures that do not give the loss as a function of the parameters.
 
         Raises:
-            ValueError: the loss is another at the same parameters, or the same at others.
+            ValueError: the loss is another at the same parameters, or the same at others, or falls
+                otherwise than its gradient says.
         """
         again, rounding = self.loss_after(0.0), 100 * self.rounding(value)
         if not abs(again - value) <= rounding:
@@ -158,11 +161,26 @@ class Trial:
                 "generators of torch, numpy or Python, which are set back in between"
             )
         t = self.share(_NEAR, squared_norm)
-        if t * abs(slope) > rounding and self.loss_after(t) == again:
+        if t * abs(slope) <= rounding:
+            return
+        found = []
+        for step in (t, t / _NEARER, -t / _NEARER):
+            found.append((again - self.loss_after(step)) / (step * slope))
+            if not math.isfinite(found[-1]) or 1 / 2 < found[-1] < 2:
+                return
+        if found == [0, 0, 0]:
             raise ValueError(
                 "the closure gives the same loss for other parameters, though its gradient is not "
                 "zero: compute the loss, and all that it is made of, inside the closure; of what "
                 "only a straight-through estimator differentiates, there is no loss ahead to see"
+            )
+        # At a kink the two sides differ, and where the loss bends at once the two lengths.
+        if max(found) - min(found) < 1 / 4:
+            raise ValueError(
+                f"along the direction the loss falls {found[1]:.2g} times as fast as its gradient "
+                "says, which is then not that of the loss, as where a backward pass reverses it, "
+                "a hook changes it, or a straight-through estimator or detach() stands in for it: "
+                "no step length follows from the two"
             )
 
     def slope_after(self, step: float) -> float:

@@ -458,6 +458,105 @@ def test_a_loss_from_outside_the_closure_is_refused(optimizer: str, whole: bool)
     torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
 
 
+class Reversed(torch.autograd.Function):
+    """As in domain-adversarial training."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return -cotangent
+
+
+def of_another_gradient(problem: Any, how: str) -> Tensor:
+    x, y = problem.batches[0]
+    if how == "reversed":
+        return F.cross_entropy(Reversed.apply(problem.model(x)), y)
+    losses: Tensor = F.cross_entropy(problem.model(x), y)
+    return losses + problem.model(x).square().mean() - problem.model(x).square().mean().detach()
+
+
+@every_optimizer
+@pytest.mark.parametrize("how", ["reversed", "detached"])
+def test_a_loss_that_does_not_fall_as_its_gradient_says_is_refused(
+    optimizer: str, how: str
+) -> None:
+    problem = Problem(optimizer)
+    with torch.no_grad():
+        for p in problem.model.parameters():
+            p.mul_(10)  # so that the square outweighs the entropy
+    before = problem.values()
+    with pytest.raises(ValueError, match="times as fast as its gradient says"):
+        problem.optimizer.step(lambda: of_another_gradient(problem, how))
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+
+
+def test_a_kink_at_the_start_is_none() -> None:
+    w, x, y = nn.Parameter(torch.zeros(4, 3)), torch.randn(8, 4), torch.randint(3, (8,))
+    GeN(torch.optim.SGD([w])).step(
+        lambda: ((x @ w).amax(1) - (x @ w).gather(1, y[:, None])[:, 0]).mean()
+    )
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "loss returned"])
+def test_hooks_of_parameters_change_the_direction_and_not_the_loss(inside: bool) -> None:
+    x = nn.Parameter(torch.tensor([3.0, -4.0], dtype=F64))
+    handle = x.register_hook(lambda g: g.clamp_(-0.1, 0.1))
+    optimizer = Rescaled(torch.optim.SGD([x]), ell=0.5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = x.square().sum() / 2
+        if inside:
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.records[-1].slope == pytest.approx(0.7)
+    assert optimizer.records[-1].curvature == pytest.approx(0.02)
+    torch.testing.assert_close(x.grad, torch.tensor([0.1, -0.1], dtype=F64))
+    torch.testing.assert_close(x.detach(), torch.tensor([-0.5, -0.5], dtype=F64))
+    handle.remove()
+    optimizer.step(closure)
+    torch.testing.assert_close(x.grad, torch.tensor([-0.5, -0.5], dtype=F64))
+
+
+@every_optimizer
+def test_backward_on_another_loss_than_is_returned_is_refused(optimizer: str) -> None:
+    problem = Problem(optimizer)
+    before, (x, y) = problem.values(), problem.batches[0]
+
+    def adversarial() -> Tensor:
+        near = x.clone().requires_grad_()
+        F.cross_entropy(problem.model(near), y).backward()
+        return F.cross_entropy(problem.model(x + 0.1 * near.grad.sign()), y)
+
+    with pytest.raises(ValueError, match="backward on another loss than it returns"):
+        problem.optimizer.step(adversarial)
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+
+
+@every_optimizer
+def test_autocast_around_a_step_does_not_round_its_own_sums(optimizer: str) -> None:
+    slopes = []
+    for around in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(300, 200)
+        step = OPTIMIZERS[optimizer](model, torch.optim.SGD(model.parameters(), momentum=0.9)).step
+        x = torch.randn(16, 300)
+
+        def closure(model: nn.Module = model, x: Tensor = x) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return model(x).square().mean()
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            step(closure)
+        slopes.append(step.__self__.records[-1].slope)
+    assert slopes[0] == slopes[1]
+
+
 class Average(nn.Module):
     """Whose output depends on what it saw before."""
 

@@ -253,6 +253,25 @@ def test_side_effects_leave_stacked_models_alone() -> None:
     torch.testing.assert_close(q.curvature, 2 * ((x / (1 + 1e-5) ** 0.5 + 1) ** 2).sum())
 
 
+def test_side_effects_reach_buffers_of_inference_mode() -> None:
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.inference_mode():
+                self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                self.mean.lerp_(x.mean(0), 0.1)
+            return x + torch.rand(())
+
+    module, state = Seen(), torch.get_rng_state()
+    with SideEffects():
+        module(torch.ones(3, 2))
+    assert module.mean.tolist() == [0, 0]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_side_effects_do_not_invalidate_a_graph() -> None:
     norm = nn.BatchNorm1d(2).eval()
     x = torch.randn(4, 2, requires_grad=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from optim import Rescaled, gen_published
+from optim import GeN, Rescaled, gen_published
 from optim.line import Line
 from optim.rules import Newton
 
@@ -176,6 +176,19 @@ def test_a_closure_that_differentiates_inside_itself() -> None:
     # Two losses ahead; the first one was begun without a graph.
     assert len(noise) == 3
     assert eta_of(optimizer) != 0.01
+
+
+def test_a_closure_that_looks_at_cotangents() -> None:
+    w, seen = nn.Parameter(torch.tensor([1.0, 2.0])), []
+
+    def closure() -> torch.Tensor:
+        y = w.square()
+        y.register_hook(seen.append)
+        y.retain_grad()
+        return y.sum()
+
+    GeN(torch.optim.SGD([w]), phi=1).step(closure)
+    assert len(seen) == 1
 
 
 def test_probes_see_the_batch_as_the_gradient_did_and_leave_no_trace() -> None:

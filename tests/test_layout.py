@@ -75,6 +75,7 @@ FLOORS = {
             "intercept",
             "left_grads",
             "loss_scale",
+            "own_hooks",
             "ranks",
             "record",
             "sharded",
