@@ -183,10 +183,10 @@ def differentiated(
 
 
 def _check_same_loss(result: Any, loss: Tensor) -> None:
-    """Refuse a loss other than the one that the closure called backward on, or a part of it."""
+    """Refuse a loss of which the one that the closure called backward on is no part, nor has it."""
     if not isinstance(result, Tensor) or result.grad_fn is None:
         return
-    if result.grad_fn not in _behind(loss):
+    if result.grad_fn not in _behind(loss) and loss.grad_fn not in _behind(result):
         raise ValueError(
             "the closure calls backward on another loss than it returns; to differentiate on the "
             "way to the loss, as for an adversarial input, use torch.autograd.grad"

@@ -84,7 +84,7 @@ def _loss(
             + (f"with {', '.join(odd)}" if odd else "on something else than one number")
             + "; call it plainly on the loss, or return the loss without calling backward"
         )
-    return roots[0].reshape(())
+    return roots[0] if roots[0].ndim == 0 else roots[0].reshape(())
 
 
 def _entry(value: Any) -> Any:

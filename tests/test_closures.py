@@ -537,6 +537,15 @@ def test_backward_on_another_loss_than_is_returned_is_refused(optimizer: str) ->
         problem.optimizer.step(adversarial)
     torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
 
+    def reported(whole: bool) -> Tensor:
+        problem.optimizer.zero_grad()
+        loss = problem.losses(0).mean()
+        (loss if whole else loss + problem.model(x).square().mean()).backward()
+        return loss * 8 if whole else loss
+
+    problem.optimizer.step(lambda: reported(True))
+    problem.optimizer.step(lambda: reported(False))
+
 
 @every_optimizer
 def test_autocast_around_a_step_does_not_round_its_own_sums(optimizer: str) -> None:

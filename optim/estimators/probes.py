@@ -21,6 +21,11 @@ class Probes(Estimator):
     The losses are taken on the step's batch, with the same random numbers and without touching
     parameters or buffers. Probing calls the closure again: draw the batch outside it.
 
+    The estimator of :class:`optim.rules.Newton`, which takes slope and curvature from one fit.
+    Other rules know the exact slope, and where the loss grows linearly far out a symmetric fit
+    sees no curvature that would hold them back: around SGD such steps may diverge, and
+    :class:`Secant` is the one to take.
+
     Args:
         points: p, in units of eta, the step that the rule expects to take. (-1, 1) is the
             paper's Algorithm 1, (-2, -1, 1, 2) its five points; the loss at 0 is known.
