@@ -1,13 +1,15 @@
 """Whether rescaled training needs no tuning: its final training loss against tuned rates.
 
-    python benchmarks/robustness.py [--quick] [--data DIR] [--fixed FILE] [--jobs N] [--out DIR]
+    python benchmarks/robustness.py [--quick] [--data DIR] [--fixed FILE] [--only NAME]
+        [--jobs N] [--out DIR]
 
 Each optimizer is trained on each task at nine fixed learning rates with a cosine schedule, and
 wrapped with nothing set but the number of steps, by which its schedule cools down. The ratios are
 those of the wrapped runs to the mean over seeds of the best fixed rate: their mean, and in
 brackets the highest. Without ``--data``, a folder with mnist, fashion-mnist and tiny-shakespeare,
 only the digits that come with scikit-learn are used. Writes raw losses as JSON and prints a table.
-``--fixed`` takes those of the fixed rates from an earlier run's JSON.
+``--fixed`` takes those of the fixed rates from an earlier run's JSON, and with ``--only`` those of
+all wrappers but this one.
 """
 
 from __future__ import annotations
@@ -84,11 +86,13 @@ def train(case: Case, how: float | str, seed: int) -> float:
     return task.train_wrapped(WRAPPERS[how](base)) if isinstance(how, str) else task.train(base)
 
 
-def losses(case: Case, seeds: range, rates: list[float]) -> dict[str, dict[str, list[float]]]:
+def losses(
+    case: Case, seeds: range, rates: list[float], wrappers: list[str]
+) -> dict[str, dict[str, list[float]]]:
     """Of the fixed rates and of the wrappers, one for each seed."""
     return {
         "fixed": {str(rate): [train(case, rate, seed) for seed in seeds] for rate in rates},
-        "wrapped": {name: [train(case, name, seed) for seed in seeds] for name in WRAPPERS},
+        "wrapped": {name: [train(case, name, seed) for seed in seeds] for name in wrappers},
     }
 
 
@@ -97,19 +101,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one task, two epochs, for CI")
     parser.add_argument("--data", type=Path, help="folder of the larger data sets")
     parser.add_argument("--fixed", type=Path, help="raw losses of an earlier run")
+    parser.add_argument("--only", choices=WRAPPERS, help="the others' from the earlier run")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the raw losses")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     args = parser.parse_args()
+    if args.only and not args.fixed:
+        parser.error("--only needs the others' losses: give --fixed FILE")
+    wrappers = [args.only] if args.only else list(WRAPPERS)
     seeds = range(1) if args.quick else range(3)
     earlier = json.loads(args.fixed.read_text(encoding="utf-8")) if args.fixed else []
-    known = {(run["task"], run["base"]): run["fixed"] for run in earlier}
+    known = {(run["task"], run["base"]): run for run in earlier}
     todo = list(cases(args.data, args.quick))
     with ProcessPoolExecutor(args.jobs, initializer=partial(torch.set_num_threads, 1)) as pool:
         waiting = []
         for case in todo:
             rates = [BASES[case.base][1] * 2.0**k for k in range(RATES)]
             rates = [] if (case.task, case.base) in known else rates[:: 4 if args.quick else 1]
-            waiting.append(pool.submit(losses, case, seeds, rates))
+            waiting.append(pool.submit(losses, case, seeds, rates, wrappers))
         tracked = track(waiting, console=Console(stderr=True))
         found = [future.result() for future in tracked]
 
@@ -118,7 +126,11 @@ def main() -> None:
     for header in ("task", "optimizer", "best rate", "its loss", *WRAPPERS):
         table.add_column(header, justify="left" if header in ("task", "optimizer") else "right")
     for case, run in zip(todo, found, strict=True):
-        run["fixed"] = run["fixed"] or known[case.task, case.base]
+        before = known.get((case.task, case.base), run)
+        run["fixed"] = run["fixed"] or before["fixed"]
+        run["wrapped"] = {
+            name: run["wrapped"].get(name) or before["wrapped"][name] for name in WRAPPERS
+        }
         raw.append({"task": case.task, "base": case.base, **run})
         means = {rate: statistics.mean(values) for rate, values in run["fixed"].items()}
         rate = min(means, key=lambda r: means[r])

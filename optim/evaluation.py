@@ -186,11 +186,15 @@ def _check_same_loss(result: Any, loss: Tensor) -> None:
     """Refuse a loss of which the one that the closure called backward on is no part, nor has it."""
     if not isinstance(result, Tensor) or result.grad_fn is None:
         return
-    if result.grad_fn not in _behind(loss) and loss.grad_fn not in _behind(result):
+    if not _is_part(result, loss) and not _is_part(loss, result):
         raise ValueError(
             "the closure calls backward on another loss than it returns; to differentiate on the "
             "way to the loss, as for an adversarial input, use torch.autograd.grad"
         )
+
+
+def _is_part(part: Tensor, whole: Tensor) -> bool:
+    return any(node is part.grad_fn for node in _behind(whole))
 
 
 def _check_unscaled(result: Any, loss: Tensor) -> None:

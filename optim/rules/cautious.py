@@ -27,7 +27,7 @@ class Cautious(Rule):
         c = mean_b |d^T H_b d| / ‖d‖²
         L = max(c, moving average of c, m² times the last L),  m = max(mu, 1/2)
         a = moving average of d^T H d / ‖d‖² over that of c, at least 1/10
-        r = (1 - mu^k) q 2 B sqrt(a) / (‖d‖ L)
+        r = (1 - mu^k) q 2 B a^(1/3) / (‖d‖ L)
 
     with bias-corrected averages that decay with mu. A direction with momentum holds the
     gradients of about 1 / (1 - mu) steps, so that one batch knows less of it: its own gradient
@@ -61,7 +61,7 @@ class Cautious(Rule):
             state = _measured(estimate, line, state)
         state = cautioned(line, state, max(mu, _LEAST_MEMORY) * _CAUTION)
         agreement = max(_LEAST_AGREEMENT, _ratio(state["signed"], state["average"]))
-        reduced = filled * state["caution"] * 2 * lower * math.sqrt(agreement)
+        reduced = filled * state["caution"] * 2 * lower * agreement ** (1 / 3)
         r = newton_step(reduced, length * state["lipschitz"])
         if isinstance(r, str):
             return r, state
