@@ -357,6 +357,9 @@ def test_attention_in_a_gradient_penalty_says_how_it_is_served() -> None:
         tape.backward(slopes.square().sum(), [q])
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="older nested tensors differentiate once"
+)
 @every_engine
 def test_nested_tensors_are_left_to_double_backward(engine: str) -> None:
     layer = nn.Linear(4, 2)
