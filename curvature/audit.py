@@ -15,7 +15,6 @@ _WRONG = {
     # torch.autograd.grad never runs this node, which would raise: it leads to no parameter.
     "torch::autograd::Error": "a custom autograd.Function is marked once_differentiable",
 }
-NOT_THE_GRADIENT = "what embedding gives with scale_grad_by_freq is not the gradient of the loss"
 _GRADIENTS_OF_NORM = {"NativeLayerNormBackwardBackward0", "NativeBatchNormBackwardBackward0"}
 
 
@@ -50,7 +49,7 @@ class Audit:
             return node.register_hook(note)
 
         nodes = self._add([output])
-        if any(map(_is_wrong_twice, nodes)):
+        if any(map(is_wrong_twice, nodes)):
             self._reason = (
                 "the loss holds a gradient of layer or batch normalisation, of which PyTorch's "
                 'second derivative is wrong; engine="auto" has a rule for it'
@@ -71,18 +70,20 @@ class Audit:
             if node is not None and node not in self._nodes:
                 self._nodes.add(node)
                 new.append(node)
-                self._reason = self._reason or _obstacle(node)
+                self._reason = self._reason or obstacle_of(node)
                 waiting.extend([parent for parent, _ in node.next_functions])
         return new
 
 
-def _obstacle(node: Node) -> str | None:
+def obstacle_of(node: Node) -> str | None:
+    """Why a derivative of what a node computes would be wrong without an error, or ``None``."""
     if node.name() == "EmbeddingBackward0" and node._saved_scale_grad_by_freq:  # type: ignore[attr-defined]
-        return NOT_THE_GRADIENT
+        return "what embedding gives with scale_grad_by_freq is not the gradient of the loss"
     return _WRONG.get(node.name())
 
 
-def _is_wrong_twice(node: Node) -> bool:
+def is_wrong_twice(node: Node) -> bool:
+    """Whether a node of the loss itself has a gradient, but PyTorch's derivative of it is wrong."""
     # With fixed statistics there is nothing that could be taken for constant.
     return node.name() in _GRADIENTS_OF_NORM and getattr(node, "_saved_train", True)
 

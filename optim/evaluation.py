@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -226,13 +226,10 @@ def _backward(
         scaled, scale = setting.loss_scale.scaled(losses if share == 1 else losses * share)
         try:
             # Of a scaled loss others would get the scaled gradient.
-            if setting.ranks.several or (all_leaves and scale == 1):
-                others = _other_leaves(scaled, now)
-                with without_grads(now), own_hooks_off(now):
-                    grads = recorder.backward(scaled, now, accumulate=True)
-            else:
-                with own_hooks_off(now):
-                    grads = recorder.backward(scaled, now)
+            whole = setting.ranks.several or (all_leaves and scale == 1)
+            others = _other_leaves(scaled, now) if whole else []
+            with own_hooks_off(now), without_grads(now) if whole else nullcontext():
+                grads = recorder.backward(scaled, now, accumulate=whole)
         except NonFiniteLoss as error:
             unusable = str(error)
         for g in grads:

@@ -103,7 +103,7 @@ class Trial:
                 raise
         self.setting.differentiates = True
         self.effects.rewind()
-        return [losses_again(c, self.evaluation, graph=True) for c in self.closures]
+        return self._losses_again()
 
     def value(self) -> float:
         """The mean loss at theta."""

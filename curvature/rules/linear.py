@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from curvature.audit import NOT_THE_GRADIENT
+from curvature.audit import obstacle_of
 from curvature.errors import NotTwiceDifferentiable
 from curvature.graph import Call
 from curvature.rules.local import TRANSPOSED
@@ -92,8 +92,9 @@ def _cumsum(call: Call, x: Tensor) -> Tensor:
 
 class _Embedding(Linear):
     def check(self, call: Call) -> None:
-        if call.scale_grad_by_freq:
-            raise NotTwiceDifferentiable(f"{NOT_THE_GRADIENT}: turn it off")
+        reason = obstacle_of(call.node)
+        if reason is not None:
+            raise NotTwiceDifferentiable(f"{reason}: turn it off")
 
 
 def _embedding(call: Call, weight: Tensor) -> Tensor:
