@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,13 +11,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from curvature import NonFiniteLoss, gradient
 from optim.autocast import autocast_noted, forget_casts
 from optim.called import Called
 from optim.inner import inner
 from optim.intercept import intercepted
+from optim.loss_graph import check_same_loss, other_leaves
 from optim.loss_scale import LossScale
 from optim.own_hooks import hooked, own_hooks_off
 from optim.ranks import Ranks
@@ -162,7 +161,8 @@ def differentiated(
                 "step a list of closures that return the loss of a part each"
             )
         differentiated_loss.append(loss)
-        found.append(_backward(loss, recorder, params, setting, all_leaves=all_leaves))
+        objective = _objective(loss, setting)
+        found.append(_backward(objective, recorder, params, setting, all_leaves=all_leaves))
         if found[0].unusable is not None:
             for p in found[0].params:
                 p.grad = torch.full_like(p, torch.nan)
@@ -173,28 +173,14 @@ def differentiated(
     with recorder:
         with intercepted(called), autocast_noted(params) as precision:
             result = closure()
-        if not found:
-            _check_none_left(params)
-            return replace(_backward(result, recorder, params, setting), eps=precision.eps)
-    _check_same_loss(result, differentiated_loss.pop())
+        objective = None if found else _objective(result, setting)
+    if objective is not None:
+        _check_none_left(params)
+        return replace(_backward(objective, recorder, params, setting), eps=precision.eps)
+    check_same_loss(result, differentiated_loss.pop())
     result = result.detach() if isinstance(result, Tensor) else result
     _check_unscaled(result, found[0].losses)
     return replace(found[0], result=result, eps=precision.eps, accumulated=True)
-
-
-def _check_same_loss(result: Any, loss: Tensor) -> None:
-    """Refuse a loss of which the one that the closure called backward on is no part, nor has it."""
-    if not isinstance(result, Tensor) or result.grad_fn is None:
-        return
-    if not _is_part(result, loss) and not _is_part(loss, result):
-        raise ValueError(
-            "the closure calls backward on another loss than it returns; to differentiate on the "
-            "way to the loss, as for an adversarial input, use torch.autograd.grad"
-        )
-
-
-def _is_part(part: Tensor, whole: Tensor) -> bool:
-    return any(node is part.grad_fn for node in _behind(whole))
 
 
 def _check_unscaled(result: Any, loss: Tensor) -> None:
@@ -209,8 +195,36 @@ def _check_unscaled(result: Any, loss: Tensor) -> None:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class _Objective:
+    """What is differentiated, as the recorder has to see it made.
+
+    Attributes:
+        losses: as the closure gave them.
+        count: how many these are on all ranks together.
+        share: of this rank's mean in that of all.
+        weighed: the losses times share, and times the scale of half precision.
+        scale: that one alone.
+    """
+
+    losses: Tensor
+    count: float
+    share: float
+    weighed: Tensor
+    scale: float = 1.0
+    unusable: str | None = None
+
+
+def _objective(losses: Tensor, setting: Setting) -> _Objective:
+    count, share, unusable = _weighed(losses, setting.ranks)
+    if unusable is not None:
+        return _Objective(losses, count, share, losses, unusable=unusable)
+    weighed, scale = setting.loss_scale.scaled(losses if share == 1 else losses * share)
+    return _Objective(losses, count, share, weighed, scale)
+
+
 def _backward(
-    losses: Tensor,
+    objective: _Objective,
     recorder: Recorder,
     params: Sequence[Tensor],
     setting: Setting,
@@ -219,17 +233,16 @@ def _backward(
 ) -> Evaluation:
     """The gradient of the mean of the losses of all ranks."""
     now = [p for p in params if p.requires_grad]
-    count, share, unusable = _weighed(losses, setting.ranks)
+    weighed, scale, unusable = objective.weighed, objective.scale, objective.unusable
     grads: list[Tensor | None] = [None] * len(now)
-    scale, others = 1.0, []
+    others: list[Tensor] = []
     if unusable is None:
-        scaled, scale = setting.loss_scale.scaled(losses if share == 1 else losses * share)
         try:
             # Of a scaled loss others would get the scaled gradient.
             whole = setting.ranks.several or (all_leaves and scale == 1)
-            others = _other_leaves(scaled, now) if whole else []
+            others = other_leaves(weighed, now) if whole else []
             with own_hooks_off(now), without_grads(now) if whole else nullcontext():
-                grads = recorder.backward(scaled, now, accumulate=whole)
+                grads = recorder.backward(weighed, now, accumulate=whole)
         except NonFiniteLoss as error:
             unusable = str(error)
         for g in grads:
@@ -241,37 +254,20 @@ def _backward(
         if scale != 1 or setting.ranks.several:
             # Also at 1: those of a process group may be views of memory that is used again.
             grads = [None if g is None else g / scale for g in grads]
+    losses = objective.losses
     result = losses.detach() if isinstance(losses, Tensor) else losses
     return Evaluation(
         result,
         result,
-        count,
+        objective.count,
         now,
         grads,
-        [share],
+        [objective.share],
         recorder,
-        scale * share,
+        scale * objective.share,
         unusable=unusable,
         others=others,
     )
-
-
-def _other_leaves(losses: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """What else backward gives a gradient to."""
-    known = set(params)
-    leaves = [node.variable for node in _behind(losses) if hasattr(node, "variable")]
-    return [leaf for leaf in leaves if leaf not in known]
-
-
-def _behind(loss: Tensor) -> Iterator[Node]:
-    """The graph of a loss, what is nearest to it first."""
-    seen, waiting = set(), deque([loss.grad_fn])
-    while waiting:
-        node = waiting.popleft()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting.extend(parent for parent, _ in node.next_functions)
 
 
 def _weighed(losses: Any, ranks: Ranks) -> tuple[float, float, str | None]:

@@ -74,6 +74,7 @@ FLOORS = {
             "groups",
             "intercept",
             "left_grads",
+            "loss_graph",
             "loss_scale",
             "own_hooks",
             "ranks",
