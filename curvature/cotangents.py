@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+from torch import Tensor
+
 from curvature.graph import Graph, Tensors
 from curvature.rules.rule import Rule
 
@@ -20,6 +22,7 @@ class Cotangents:
     def __init__(self, graph: Graph, rules: Sequence[Rule]) -> None:
         self._graph, self._rules = graph, rules
         self._kept: dict[int, Tensors] = {}
+        self._versions: dict[int, list[int]] = {}
         self._recent: dict[int, Tensors] = {}
         self._followers = _followers(graph, rules)
         self.collected = False
@@ -29,8 +32,7 @@ class Cotangents:
         """Around the backward pass of the mean loss."""
         sources = {self._source(i) for i, rule in enumerate(self._rules) if not rule.linear}
         hooks = [
-            self._graph.calls[i].node.register_prehook(partial(self._kept.__setitem__, i))
-            for i in sources
+            self._graph.calls[i].node.register_prehook(partial(self._keep, i)) for i in sources
         ]
         try:
             yield
@@ -38,6 +40,18 @@ class Cotangents:
             for hook in hooks:
                 hook.remove()
         self.collected = True
+
+    def _keep(self, i: int, cotangents: Tensors) -> None:
+        if self._graph.calls[i].is_python:
+            # Its backward pass may write to them.
+            cotangents = tuple(None if c is None else c.clone() for c in cotangents)
+        self._kept[i] = cotangents
+        self._versions[i] = _versions(cotangents)
+
+    def apart(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients that may be written to: copies of those that share memory with a cotangent."""
+        kept = {_memory(c) for each in self._kept.values() for c in each if c is not None}
+        return [g.clone() if g is not None and _memory(g) in kept else g for g in gradients]
 
     def of(self, i: int) -> Tensors | None:
         """Those of call i: kept, or pulled back through the light operations that follow it."""
@@ -50,6 +64,12 @@ class Cotangents:
         cotangents = self._recent.get(last) or self._kept.get(last)
         if cotangents is None:
             return None
+        if last in self._kept and _versions(self._kept[last]) != self._versions[last]:
+            raise ValueError(
+                f"the cotangents of {self._graph.calls[last].name} were written to after its "
+                "backward pass, by a hook or the backward pass of another function: let these "
+                "return new tensors"
+            )
         # The calls on the way are asked for theirs next.
         self._recent = {last: cotangents}
         for j in reversed(chain):
@@ -74,6 +94,14 @@ class Cotangents:
         while i in self._followers:
             i, _ = self._followers[i]
         return i
+
+
+def _versions(cotangents: Tensors) -> list[int]:
+    return [0 if c is None else c._version for c in cotangents]
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def _followers(graph: Graph, rules: Sequence[Rule]) -> dict[int, tuple[int, int]]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
@@ -54,21 +54,24 @@ class Forward:
         saved: what autograd saved, if that can be freed.
         origins: where operations came from.
         products: the results of products of two tensors that both have a graph, by their nodes.
-        hooks_interfere: whether a hook, put in the forward pass on a tensor that was computed,
-            changed a cotangent.
     """
 
     def __init__(self, *, freeing: bool) -> None:
         self.origins = Origins()
         self.saved = Saved() if freeing else None
         self.products: dict[Node, Product] = {}
-        self.hooks_interfere = False
+        self._changes: list[str] = []
+
+    @property
+    def hooks_interfere(self) -> bool:
+        """Whether a hook, put in the forward pass on what was computed, changed a cotangent."""
+        return bool(self._changes)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Around the forward pass."""
         with (
-            module_calls(self.origins.enter, lambda _: self.origins.leave()),
+            module_calls(self._enter, lambda _: self.origins.leave()),
             _Watch(self),
             nullcontext() if self.saved is None else self.saved.holding(),
         ):
@@ -89,6 +92,12 @@ class Forward:
                 self._keep(left, right, bias, result)
         return result
 
+    def _enter(self, module: nn.Module) -> None:
+        # Such hooks are put on autograd's nodes, where nobody hears of it.
+        if module._backward_hooks and not module._is_full_backward_hook:
+            self._changes.append("module")
+        self.origins.enter(module)
+
     def forget_products(self) -> None:
         """Where memory counts: those that autograd does not hold anyway."""
         if self.saved is not None:
@@ -108,11 +117,18 @@ class Forward:
             self.products[node] = Product(result, bias)
 
     def _register_hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        # A parameter's own hook changes its gradient alone.
+        if tensor.is_leaf:
+            return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+        # The hook lives as long as the graph, which these notes hold: it must not hold them.
+        changes = self._changes
+
         def watched(cotangent: Tensor) -> Tensor | None:
+            version = cotangent._version
             changed = hook(cotangent)
-            # A parameter's own hook changes its gradient alone.
-            if changed is not None and not tensor.is_leaf:
-                self.hooks_interfere = True
+            if changed is not None or cotangent._version != version:
+                changes.append("tensor")
             return changed
 
         return tensor.register_hook(watched)  # type: ignore[no-untyped-call]

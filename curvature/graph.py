@@ -57,13 +57,18 @@ class Call:
         # Dunder names are asked for by copy and pickle before there is a node.
         if name.startswith("__"):
             raise AttributeError(name)
-        if not callable(self.node):
+        if self.is_python:
             return _without_graph(getattr(self.node, name))
         value = getattr(self.node, "_saved_" + name)
         return value.detach() if type(value) is Tensor else _signed(_without_graph(value))
 
     def __repr__(self) -> str:
         return f"Call({self.name})"
+
+    @property
+    def is_python(self) -> bool:
+        """Whether the backward pass is a function of the user's."""
+        return not callable(self.node)
 
     @property
     def function(self) -> type | None:
@@ -81,7 +86,7 @@ class Call:
     def zeros(self) -> list[Tensor | None]:
         """Zeros like the outputs; None where no call uses one, whose shape may not be known."""
         # A Python function wants them all.
-        used = self.used if callable(self.node) else range(len(self.outputs))
+        used = range(len(self.outputs)) if self.is_python else self.used
         return [_zeros(edge) if k in used else None for k, edge in enumerate(self.outputs)]
 
     def still(self) -> Tensors:
@@ -102,14 +107,15 @@ class Call:
         """The transposed Jacobian times cotangents of the outputs: one per moving input."""
         # The node of a Python autograd.Function is not callable.
         node: Any = self.node
-        if callable(node):
+        if not self.is_python:
             result = node(*cotangents)
         else:
             # Autograd fills in zeros for it, which is not done here.
             pairs = zip(self.outputs, cotangents, strict=True)
-            result = node.apply(*[_zeros(edge) if c is None else c for edge, c in pairs])
+            # Nor is there anybody who would forbid it to write to what it is given.
+            result = node.apply(*[_zeros(edge) if c is None else c.clone() for edge, c in pairs])
         pulled = result if isinstance(result, tuple) else (result,)
-        if not callable(node):
+        if self.is_python:
             pulled = self._of_tensors(pulled)
         return self.fitted(pulled)
 
@@ -207,6 +213,10 @@ class Graph:
             if node in made:
                 made[node].used.add(k)
 
+    def reaches(self, k: int) -> bool:
+        """Whether the losses depend on parameter k."""
+        return self.leaves[k] in self.uses or self.leaves[k] == self.root
+
     def behind(self, outputs: Sequence[Tensor]) -> set[int]:
         """The positions of the calls that ``outputs`` depend on."""
         made = {call.node: i for i, call in enumerate(self.calls)}
@@ -224,7 +234,9 @@ class Graph:
 
 
 def _edge(tensor: Tensor) -> Edge:
-    edge = get_gradient_edge(tensor)
+    # A subclass would make the view that tells a leaf's edge a node of its own.
+    with torch._C.DisableTorchFunctionSubclass():
+        edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
 

@@ -1,4 +1,4 @@
-"""Tell whether a backward hook has made the gradient another than that of the loss."""
+"""Tell whether a hook or function has made the gradient another than that of the loss."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def check_slope(
     if not abs(along - slope.item()) <= (_ROUGH if rough else _EXACT) * size:
         raise ValueError(
             f"the loss has slope {slope.item():.6g} along the direction, but its gradient gives "
-            f"{along:.6g}, since a backward hook has changed it, as to clip it or to solve for a "
-            "fixed point: remove the hook, or use curvature.fit, which needs only forward passes"
+            f"{along:.6g}, since a backward hook or the backward pass of a function of your own "
+            "has changed it, as to clip it or to solve for a fixed point: remove that, or use "
+            "curvature.fit, which needs only forward passes"
         )

@@ -124,6 +124,24 @@ class Sweep:
         modules = any(call.name == "BackwardHookFunctionBackward" for call in self._graph.calls)
         return modules or self._forward_pass.hooks_interfere
 
+    def doubtful(self) -> bool:
+        """Whether the backward pass may compute another gradient than that of the loss."""
+        return self.hooked() or any(call.is_python for call in self._graph.calls)
+
+    def checked(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients that autograd gave, as tensors that may be written to.
+
+        Raises:
+            NotTwiceDifferentiable: autograd reached a parameter that the graph does not show.
+        """
+        for k, g in enumerate(gradients):
+            if g is not None and not self._graph.reaches(k):
+                raise NotTwiceDifferentiable(
+                    f"autograd gives a gradient to a parameter of type {type(self._params[k])}, "
+                    "but shows no path to it: make it a plain torch.nn.Parameter"
+                )
+        return self.cotangents.apart(gradients)
+
     @torch.no_grad()
     def adjoint(
         self, direction: Sequence[Tensor], skip: Container[int] = ()

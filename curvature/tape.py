@@ -165,8 +165,10 @@ class Tape:
             keep = cotangents and not self._low_memory
             with sweep.cotangents.collecting() if sweep and keep else nullcontext():
                 leaves = gradients(losses, flat, retain_graph=True, accumulate=accumulate)
-        if sweep is not None and sweep.hooked():
-            self._hooked_gradient = [None if g is None else g.clone() for g in leaves]
+        if sweep is not None:
+            leaves = sweep.checked(leaves)
+            if sweep.doubtful():
+                self._hooked_gradient = [None if g is None else g.clone() for g in leaves]
         return flat.rebuild(leaves)
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:

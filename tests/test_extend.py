@@ -8,7 +8,7 @@ from agreement import fast_only
 from torch import Tensor
 
 import curvature
-from curvature import NotTwiceDifferentiable, directional
+from curvature import NotTwiceDifferentiable, directional, hvp
 from curvature.rules import table
 from curvature.testing import check_rule
 
@@ -71,6 +71,14 @@ def test_a_wrong_rule_is_found() -> None:
     curvature.register_rule(Power, wrong)
     with pytest.raises(AssertionError, match=r"with inputs \[0, 1\] moving: curvature differs"):
         check_rule(power, *inputs())
+
+
+def test_a_rule_that_is_not_differentiable_gives_no_product() -> None:
+    curvature.register_rule(Power, torch.no_grad()(push))
+    x, y = inputs()
+    assert directional(lambda x: power(x, y).sum(), x, x).engine == "tangent"
+    with pytest.raises(NotTwiceDifferentiable, match="gives a bend without graph"):
+        hvp(lambda x: power(x, y).sum(), x, x)
 
 
 def test_a_rule_for_a_custom_operator() -> None:

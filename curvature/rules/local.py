@@ -43,11 +43,13 @@ class LocalDoubleBackward(Rule):
 
     def check(self, call: Call) -> None:
         # A Python function's name does not tell which one it is.
-        if call.name not in self._proved or not callable(call.node):
+        if call.name not in self._proved or call.is_python:
             local = _Local(call, call.still(), call.zeros())
             local.derivatives()
             if any(g is not None and bool(g.any()) for g in local.pulled):
                 raise _refusal(call, "its backward pass gives a gradient for a cotangent of zero")
+            if call.is_python and not _is_linear(call):
+                raise _refusal(call, "its backward pass is not linear in the cotangent")
             self._proved.add(call.name)
 
     def differentiable(self, call: Call) -> Call:
@@ -158,6 +160,20 @@ class _Local:
         with torch.no_grad():
             cotangent = self._call.pull(*map(_ones_like, self.u))[i]
         return cotangent is None or not bool(cotangent.any())
+
+
+@torch.no_grad()
+def _is_linear(call: Call) -> bool:
+    """Whether twice the cotangents pull back to twice as much."""
+    once = list(map(_ones_like, call.zeros()))
+    twice = [None if u is None else 2 * u for u in once]
+    pairs = zip(call.pull(*once), call.pull(*twice), strict=True)
+    # By a function that adds up in any order, not to the last digit.
+    return all(
+        (a is None) == (b is None)
+        and (a is None or b is None or torch.allclose(2 * a, b, rtol=1e-3, equal_nan=True))
+        for a, b in pairs
+    )
 
 
 def _anywhere(call: Call, dots: Tensors) -> _Local:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.errors import NotTwiceDifferentiable
 from curvature.graph import Call, Tensors
 
 IN_CACHE = 2**18  # entries at a time, with which temporaries stay in the cache
@@ -99,8 +100,14 @@ class Rule(ABC):
             tracked = tuple(d if d is None else next(leaves) for d in dots)
             _, bends = self.jet(call, tracked, (None,) * len(dots))
             number = inner(cotangents, bends)
-            if number is None or not number.requires_grad:
+            if number is None or (not number.requires_grad and not bool(number)):
                 return (None,) * len(dots)
+            if not number.requires_grad:
+                raise NotTwiceDifferentiable(
+                    f"the rule of {call.name} gives a bend without graph, so that a Hessian-vector "
+                    "product would lack it: write the rule with operations that autograd "
+                    "differentiates"
+                )
             grads = iter(torch.autograd.grad(number / 2, moving, allow_unused=True))
         return tuple(None if d is None else next(grads) for d in dots)
 
