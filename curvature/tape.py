@@ -16,6 +16,7 @@ from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradients
 from curvature.hooked import check_slope
+from curvature.losses import is_finite
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
 from curvature.reference import DoubleBackward
@@ -205,6 +206,8 @@ class Tape:
             )
         leaves = flatten_direction(direction, params)
         q = self._answer(lambda engine: engine.directional(leaves, per_sample=per_sample))
+        if isinstance(self._engine, Sweep) and not self._low_memory and not _is_finite(q):
+            q = self._by_reference(q, leaves, per_sample=per_sample)
         if self._hooked_gradient is not None and isinstance(self._engine, Sweep):
             check_slope(q.slope, self._hooked_gradient, leaves)
         return q
@@ -299,6 +302,19 @@ class Tape:
             raise refusal from None
         return reference
 
+    def _by_reference(
+        self, q: Quadratic, direction: list[Tensor], *, per_sample: bool
+    ) -> Quadratic:
+        """The answer where a tangent of zero has met a slope that is infinite, if there is one."""
+        losses, params = self._state()
+        with self._deriving(losses):
+            try:
+                reference = DoubleBackward(losses, params.leaves)
+                known = reference.directional(direction, per_sample=per_sample)
+            except NotTwiceDifferentiable:
+                return q
+        return known if _is_finite(known) else q
+
     def _answer(self, question: Callable[[Sweep | DoubleBackward], Answer]) -> Answer:
         losses, params = self._state()
         with self._deriving(losses):
@@ -327,3 +343,8 @@ class Tape:
             self._variants(),
         ):
             yield
+
+
+def _is_finite(q: Quadratic) -> bool:
+    numbers = q if q.per_sample is None else q.per_sample
+    return is_finite(numbers.slope) and is_finite(numbers.curvature)

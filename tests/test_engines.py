@@ -419,6 +419,39 @@ def test_the_reference_refuses_the_fused_weight_norm_whose_second_derivative_is_
     curvature.testing.check_directional(fused_weight_norm, x, v)
 
 
+def xlogx(x: torch.Tensor) -> torch.Tensor:
+    kept = x.square().masked_fill(torch.eye(4, 3, dtype=torch.bool), 0)
+    return torch.where(kept > 0, kept * kept.log(), 0)
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        lambda x: F.normalize(torch.cat([x, torch.zeros(2, 3, dtype=F64)]), dim=1) ** 3,
+        lambda x: F.pad(x.square() + 1, (0, 1)).sqrt(),
+        lambda x: F.pad(x.square() + 1, (0, 1)) ** 1.5,
+        xlogx,
+        lambda x: F.cross_entropy(
+            x.masked_fill(torch.tensor([False, True, False, False])[:, None], -torch.inf),
+            torch.tensor([0, -100, 1, 2]),
+            reduction="none",
+        ).unsqueeze(1),
+    ],
+    ids=["normalize", "sqrt", "power", "x log x", "cross entropy"],
+)
+def test_what_does_not_move_may_have_an_infinite_slope(
+    func: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    x, v = torch.randn(2, 4, 3, dtype=F64)
+    curvature.testing.check_directional(lambda x: func(x).sum(1), x, v)
+    q, expected = (
+        directional(lambda x: func(x).sum(), x, v, engine=engine)
+        for engine in ("auto", "reference")
+    )
+    torch.testing.assert_close(q.curvature, expected.curvature)
+    torch.testing.assert_close((hvp(lambda x: func(x).sum(), x, v) * v).sum(), q.curvature)
+
+
 class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from curvature.graph import Call
-from curvature.rules.table import Elementwise, elementwise, register
+from curvature.rules.table import Elementwise, elementwise, register, singular
 
 # Piecewise linear: f'' is zero wherever it exists.
 for _name in (
@@ -33,32 +33,32 @@ def _exp(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return y.clone()
 
 
-@elementwise("LogBackward0", "Log2Backward0", "Log10Backward0")
+@singular("LogBackward0", "Log2Backward0", "Log10Backward0")
 def _log(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y / call.self).neg_()
 
 
-@elementwise("Log1PBackward0")
+@singular("Log1PBackward0")
 def _log1p(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y / (call.self + 1)).neg_()
 
 
-@elementwise("SqrtBackward0")
+@singular("SqrtBackward0")
 def _sqrt(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y / call.result.square()).mul_(-0.5)
 
 
-@elementwise("RsqrtBackward0")
+@singular("RsqrtBackward0")
 def _rsqrt(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return call.result.square().mul_(y).mul_(-1.5)
 
 
-@elementwise("ReciprocalBackward0")
+@singular("ReciprocalBackward0")
 def _reciprocal(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.result).mul_(-2)
 
 
-@elementwise("PowBackward0")
+@singular("PowBackward0")
 def _pow(call: Call, x: Tensor, y: Tensor) -> Tensor:
     k = call.exponent
     if k in (0, 1, 2):
@@ -111,12 +111,12 @@ def _exp2(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return y * math.log(2)
 
 
-@elementwise("AsinBackward0", "AcosBackward0")
+@singular("AsinBackward0", "AcosBackward0")
 def _asin(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.self).div_(1 - call.self.square())
 
 
-@elementwise("AtanhBackward0")
+@singular("AtanhBackward0")
 def _atanh(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.self).mul_(2).div_(1 - call.self.square())
 
@@ -126,7 +126,7 @@ def _asinh(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.self).neg_().div_(call.self.square().add_(1))
 
 
-@elementwise("AcoshBackward0")
+@singular("AcoshBackward0")
 def _acosh(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.self).div_(1 - call.self.square())
 

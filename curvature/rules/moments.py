@@ -99,11 +99,13 @@ def _norm(call: Call, dots: Tensors, bend: bool) -> Pushed:
     dims = tuple(range(value.ndim)) if call.name == "NormBackward0" else _dims(call)
     r = against(value, call.result, dims)
     # At zero autograd takes 0 for the derivative.
-    first = (value * x).sum(dims, True) / r.masked_fill(r == 0, math.inf)
+    slope = r.masked_fill(r == 0, math.inf)
+    first = (value * x).sum(dims, True) / slope
     if not bend:
         return _shaped(call, first)
-    across = x - value * (first / r)
-    return _shaped(call, first), _shaped(call, across.square().sum(dims, True) / r)
+    across = (x - value * (first / slope)).square().sum(dims, True)
+    # What does not move does not bend, also there.
+    return _shaped(call, first), _shaped(call, across / r.masked_fill(across == 0, 1))
 
 
 register("LinalgVectorNormBackward0", _Norm("ord"))

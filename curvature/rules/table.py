@@ -102,6 +102,18 @@ class Elementwise(Rule):
             yield rows, self._bend(_Part(call, rows), x[rows], y[rows])  # type: ignore[arg-type]
 
 
+class Singular(Elementwise):
+    """Where f may have an infinite slope: what does not move there, as padding, stays."""
+
+    def tangent(self, call: Call, dots: Tensors) -> Tensors:
+        (x,), (y,) = dots, super().tangent(call, dots)
+        return (y if x is None or y is None else y.masked_fill_(x == 0, 0),)
+
+    def _bends(self, call: Call, x: Tensor, y: Tensor) -> Iterator[tuple[Rows, Tensor]]:
+        for rows, bend in super()._bends(call, x, y):
+            yield rows, bend.masked_fill_(x[rows] == 0, 0)
+
+
 class _Part:
     """Some rows of what an entrywise call saved."""
 
@@ -161,6 +173,11 @@ def linear(*names: str, light: bool = False) -> Callable[[Callable[..., Any]], C
 def elementwise(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register f''(x) xdot as an :class:`Elementwise` rule."""
     return _registering(Elementwise, names)
+
+
+def singular(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register f''(x) xdot as a :class:`Singular` rule."""
+    return _registering(Singular, names)
 
 
 def general(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
