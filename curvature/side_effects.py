@@ -92,7 +92,7 @@ class SideEffects:
             raise TypeError("modules must hold torch.nn.Module alone")
         self._at_start: dict[tuple[nn.Module, str], Tensor | None] = {}
         self.called: set[nn.Module] = set()
-        self._contents: dict[int, tuple[Tensor, Tensor]] = {}
+        self._contents: dict[int, tuple[Tensor, Tensor, int]] = {}
         self._rebound: dict[tuple[nn.Module, str, int], tuple[Tensor | None, Any]] = {}
         self._calls = _Calls()
         self._kept = False
@@ -160,7 +160,8 @@ class SideEffects:
             if buffer is None or id(buffer) in self._contents:
                 continue
             if not is_functorch_wrapped_tensor(buffer):
-                self._contents[id(buffer)] = buffer, buffer.detach().clone()
+                copy = buffer.detach().clone()
+                self._contents[id(buffer)] = buffer, copy, _version(buffer)
 
     def _after(self, module: nn.Module) -> None:
         if self._calls.depth == 0:
@@ -181,11 +182,16 @@ class SideEffects:
                 _fill(module, name, first)
         for slot in [slot for module in self._modules for slot, _ in _buffers(module)]:
             _fill(*slot, self._at_start.get(slot, _NEW))
-        for buffer, copy in self._contents.values():
-            # An unchanged buffer is not written: a write would invalidate graphs that saved it.
+        for buffer, copy, version in self._contents.values():
+            # A write would invalidate graphs that saved the buffer: there is none if it has not
+            # changed, and none that autograd counts if that did not count either, as in batch norm.
             if not torch.equal(buffer, copy):
                 with torch.inference_mode(buffer.is_inference()):
-                    buffer.copy_(copy)
+                    (buffer.data if _version(buffer) == version else buffer).copy_(copy)
+
+
+def _version(buffer: Tensor) -> int:
+    return -1 if buffer.is_inference() else buffer._version
 
 
 def _fill(module: nn.Module, name: str, buffer: Any) -> None:

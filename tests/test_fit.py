@@ -272,6 +272,17 @@ def test_side_effects_reach_buffers_of_inference_mode() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_graph_through_batch_norm_outlives_a_fit() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    J = Objective(model, lambda y, _: y.square().mean(), (torch.randn(5, 3), None))
+    loss = model(torch.randn(5, 3)).mean()
+    expected = torch.autograd.grad(loss, model[0].weight, retain_graph=True)
+    before = model[1].running_mean.clone()
+    fit(J, J.params, {name: torch.ones_like(p) for name, p in J.params.items()}, [0.1, 0.2, 0.3])
+    torch.testing.assert_close(model[1].running_mean, before, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, model[0].weight), expected)
+
+
 def test_side_effects_do_not_invalidate_a_graph() -> None:
     norm = nn.BatchNorm1d(2).eval()
     x = torch.randn(4, 2, requires_grad=True)
