@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from curvature.graph import Graph, Tensors
@@ -50,7 +51,7 @@ class Cotangents:
 
     def apart(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients that may be written to: copies of those that share memory with a cotangent."""
-        kept = {_memory(c) for each in self._kept.values() for c in each if c is not None}
+        kept = {_memory(c) for each in self._kept.values() for c in each if c is not None} - {None}
         return [g.clone() if g is not None and _memory(g) in kept else g for g in gradients]
 
     def of(self, i: int) -> Tensors | None:
@@ -100,8 +101,8 @@ def _versions(cotangents: Tensors) -> list[int]:
     return [0 if c is None else c._version for c in cotangents]
 
 
-def _memory(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+def _memory(t: Tensor) -> int | None:
+    return t.untyped_storage().data_ptr() if t.layout == torch.strided else None
 
 
 def _followers(graph: Graph, rules: Sequence[Rule]) -> dict[int, tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from curvature.saved import Saved
 
 _log = logging.getLogger(__name__)
 _noted: set[str] = set()
+_SHORTER = 1 / 8  # than the parameters: squares of activations in the hundreds do not overflow
 
 keep_freed_memory()
 
@@ -152,6 +154,7 @@ class Sweep:
         its operation and its number in autograd's sequence; calls to skip count for linear.
         """
         terms = []
+        direction, s = self._in_range(direction)
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
             cotangents = None if i in skip else self.cotangents.of(i)
@@ -159,10 +162,11 @@ class Sweep:
                 return rule.tangent(call, dots)
             outputs, number = rule.adjoint(call, dots, cotangents)
             if number is not None:
-                terms.append((call.name, call.node._sequence_nr(), number.to(self._losses)))
+                number = _over(number.to(self._losses), s**2)
+                terms.append((call.name, call.node._sequence_nr(), number))
             return outputs
 
-        return self._filled(self._forward(direction, step)), terms
+        return _over(self._filled(self._forward(direction, step)), s), terms
 
     @torch.no_grad()
     def gauss_newton(
@@ -188,13 +192,14 @@ class Sweep:
         ``last``, what the forward pass lets be freed is freed on the way.
         """
         seconds: dict[Edge, Tensor] = {}
+        direction, s = self._in_range(direction)
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
             ddots = tuple(None if e is None else seconds.get(e) for e in call.inputs)
             outputs, bent = rule.jet(call, dots, ddots)
             for k, second in enumerate(bent):
                 if second is not None:
-                    seconds[call.node, k] = second
+                    seconds[call.node, k] = _promoted(second, call.kinds[k][1])
             return outputs
 
         saved = self._forward_pass.saved if last else None
@@ -204,7 +209,8 @@ class Sweep:
             dying=lambda edge: seconds.pop(edge, None),
             done=lambda i: None if saved is None else self._free(i, saved),
         )
-        return self._filled(tangent), self._filled(seconds.get(self._graph.root))
+        second = self._filled(seconds.get(self._graph.root))
+        return _over(self._filled(tangent), s), _over(second, s**2)
 
     def _free(self, i: int, saved: Saved) -> None:
         """Drop what call i has saved; but as long as a call may refuse, it is needed to go back."""
@@ -223,6 +229,7 @@ class Sweep:
             ValueError: a hook changed the cotangents that this needs.
         """
         self._need_cotangents()
+        vector, s = self._in_range(vector)
         moving: list[tuple[int, Tensors, Any]] = []
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
@@ -247,12 +254,26 @@ class Sweep:
                     cots.pop(done, None)
             for edge, cot in zip(call.inputs, changes, strict=True):
                 if edge is not None and cot is not None:
-                    cots[edge] = cot if edge not in cots else cots[edge] + cot
+                    dense = cot if cot.layout == torch.strided else cot.to_dense()
+                    cots[edge] = dense if edge not in cots else cots[edge] + dense
         self.cotangents.rest()
         return [
-            cots[edge].to(p) if edge in cots else torch.zeros_like(p)
+            _over(cots[edge].to(p), s) if edge in cots else torch.zeros_like(p)
             for edge, p in zip(self._graph.leaves, self._params, strict=True)
         ]
+
+    def _in_range(self, direction: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+        """A direction whose tangents and their squares half precision can hold, and its scale."""
+        half = self._product_dtype == torch.float16 or any(
+            dtype == torch.float16 for call in self._graph.calls for _, dtype in call.kinds
+        )
+        if not half:
+            return direction, 1
+        size, length = (_length(tensors) for tensors in (self._params, direction))
+        if not 0 < size * length < math.inf:
+            return direction, 1
+        s = 2.0 ** round(math.log2(_SHORTER * size / length))
+        return [v * s for v in direction], s
 
     def _forward(
         self,
@@ -287,9 +308,10 @@ class Sweep:
                     raise self._located(call, error) from error
                 for k, dot in enumerate(outputs):
                     if dot is not None:
+                        moving = _promoted(dot, call.kinds[k][1])
                         # A parameter that is itself computed moves on its own as well.
                         before = dots.get((call.node, k))
-                        dots[call.node, k] = dot if before is None else before + dot
+                        dots[call.node, k] = moving if before is None else before + moving
             for used in call.inputs:
                 if used is not None:
                     uses[used] -= 1
@@ -307,6 +329,21 @@ class Sweep:
         if losses is None:
             return torch.zeros_like(self._losses)
         return losses.to(self._losses.dtype).expand_as(self._losses)
+
+
+def _promoted(tangent: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of what moves, where a part alone that moves has a lower one."""
+    if tangent.dtype == dtype or not (tangent.is_floating_point() and dtype.is_floating_point):
+        return tangent
+    return tangent.to(dtype)
+
+
+def _over(t: Tensor, s: float) -> Tensor:
+    return t if s == 1 else t / s
+
+
+def _length(tensors: Sequence[Tensor]) -> float:
+    return math.hypot(*(torch.linalg.vector_norm(t.detach()).item() for t in tensors))
 
 
 def _total(numbers: list[Tensor], like: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from curvature.trees import Flat, flatten_direction
 from curvature.uncompiled import uncompiled
 
 ENGINES = ("auto", "reference")
+_PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Answer = TypeVar("Answer")
 
@@ -83,9 +84,9 @@ class Tape:
             raise ValueError(f"engine is {engine!r}; it must be one of {known}")
         if engine == "reference" and (low_memory or tangent_dtype is not None):
             raise ValueError("the reference engine has neither low_memory nor tangent_dtype")
-        floating = isinstance(tangent_dtype, torch.dtype) and tangent_dtype.is_floating_point
-        if tangent_dtype is not None and not floating:
-            raise TypeError(f"tangent_dtype is {tangent_dtype}; it must be real and floating-point")
+        if tangent_dtype is not None and tangent_dtype not in _PRECISIONS:
+            known = ", ".join(map(str, _PRECISIONS))
+            raise TypeError(f"tangent_dtype is {tangent_dtype}; it must be one of {known}")
         fast = engine == "auto" and Sweep.available()
         self._forward = Forward(freeing=low_memory) if fast else None
         # No rule serves the fused attention kernels of CUDA.

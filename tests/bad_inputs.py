@@ -544,8 +544,9 @@ for _error, _message, _call in (
     bad("curvature.gradient", _error, _message, lambda w, _, call=_call: call(w))
 for _error, _message, _options in (
     (ValueError, "engine is 'fast'; it must be one of 'auto'", {"engine": "fast"}),
-    (TypeError, "tangent_dtype is bf16; it must be real", {"tangent_dtype": "bf16"}),
+    (TypeError, "tangent_dtype is bf16; it must be one of torch", {"tangent_dtype": "bf16"}),
     (TypeError, r"tangent_dtype is torch\.int8", {"tangent_dtype": torch.int8}),
+    (TypeError, r"tangent_dtype is torch\.float8", {"tangent_dtype": torch.float8_e5m2}),
     (ValueError, "reference engine has neither", {"engine": "reference", "low_memory": True}),
 ):
     bad("curvature.Tape", _error, _message, lambda w, _, o=_options: curvature.Tape(**o))

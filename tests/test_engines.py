@@ -419,6 +419,43 @@ def test_the_reference_refuses_the_fused_weight_norm_whose_second_derivative_is_
     curvature.testing.check_directional(fused_weight_norm, x, v)
 
 
+@pytest.mark.parametrize(
+    ("func", "kink"),
+    [
+        (F.relu, 0.0),
+        (F.leaky_relu, 0.0),
+        (F.elu, 0.0),
+        (F.selu, 0.0),
+        (F.celu, 0.0),
+        (F.hardtanh, 1.0),
+        (F.hardswish, 3.0),
+        (lambda x: F.softplus(x, beta=2.0, threshold=1.0), 0.5),
+    ],
+)
+def test_at_a_kink_both_engines_take_the_same_side(
+    func: Callable[[torch.Tensor], torch.Tensor], kink: float
+) -> None:
+    x = torch.tensor([kink], dtype=F64)
+    results = [
+        directional(lambda x: (func(x) + func(x) ** 2).sum(), x, torch.ones_like(x), engine=engine)
+        for engine in ("auto", "reference")
+    ]
+    torch.testing.assert_close(*[(q.slope, q.curvature) for q in results])
+
+
+def test_products_through_sparse_cotangents_are_dense() -> None:
+    x, v = torch.randn(2, 4, 3, dtype=F64)
+    y = torch.randn(3, 5, dtype=F64)
+    rows = torch.tensor([0, 1, 1])
+    for func in (
+        lambda x: torch.sparse.mm(x.to_sparse(), y).pow(3).sum(),
+        lambda x: F.embedding(rows, x, sparse=True).pow(3).sum(),
+    ):
+        product = hvp(func, x, v)
+        assert product.layout == torch.strided
+        torch.testing.assert_close((product * v).sum(), directional(func, x, v).curvature)
+
+
 def xlogx(x: torch.Tensor) -> torch.Tensor:
     kept = x.square().masked_fill(torch.eye(4, 3, dtype=torch.bool), 0)
     return torch.where(kept > 0, kept * kept.log(), 0)

@@ -431,6 +431,34 @@ def test_autocast_is_followed(norm: nn.Module) -> None:
         assert 1e-5 * size < abs(rounded - exact.curvature) < 2**-7 * size
 
 
+@pytest.mark.parametrize("length", [1e-6, 1e6])
+def test_half_precision_holds_directions_of_any_length(length: float) -> None:
+    """Squares of tangents would be zero or infinite in float16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4))
+    x, y, params = torch.randn(64, 16), torch.randint(4, (64,)), list(model.parameters())
+    v = [torch.randn_like(p) for p in params]
+    with Tape() as tape, torch.autocast("cpu", dtype=torch.float16):
+        losses = F.cross_entropy(model(x), y, reduction="none")
+    tape.backward(losses, params)
+    results = []
+    for t in (1.0, length):
+        w = [t * vi for vi in v]
+        q, per_sample = (tape.directional(w, per_sample=each) for each in (False, True))
+        product = sum((h * vi).sum() for h, vi in zip(tape.hvp(w), v, strict=True))
+        results.append([q.slope / t, q.curvature / t**2, per_sample.curvature / t**2, product / t])
+    torch.testing.assert_close(*results, rtol=2e-3, atol=0)
+
+
+def test_a_tangent_is_promoted_as_what_moves() -> None:
+    def func(x: torch.Tensor) -> torch.Tensor:
+        return (((x.half() + torch.ones(4, 4)) @ torch.full((4, 4), 1e-9)) * 1e9).square().mean()
+
+    x = torch.ones(4, 4)
+    q, expected = (directional(func, x, x, engine=engine) for engine in ("auto", "reference"))
+    torch.testing.assert_close((q.slope, q.curvature), (expected.slope, expected.curvature))
+
+
 def test_products_in_lower_precision() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 8))

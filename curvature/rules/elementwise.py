@@ -143,14 +143,14 @@ def _logsigmoid(call: Call, x: Tensor, y: Tensor) -> Tensor:
 
 @elementwise("EluBackward0")
 def _elu(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y * call.input_scale).masked_fill_(call.self > 0, 0)
+    return (y * call.input_scale).masked_fill_(call.self >= 0, 0)
 
 
 @elementwise("SoftplusBackward0")
 def _softplus(call: Call, x: Tensor, y: Tensor) -> Tensor:
     # Beyond the threshold autograd takes f for the identity, and 1 - sigmoid is not quite zero.
     z = call.self * -call.beta
-    return torch.sigmoid(z).mul_(y).mul_(call.beta).masked_fill_(z < -call.threshold, 0)
+    return torch.sigmoid(z).mul_(y).mul_(call.beta).masked_fill_(z <= -call.threshold, 0)
 
 
 @elementwise("SiluBackward0")
