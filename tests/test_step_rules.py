@@ -40,7 +40,7 @@ def cautious(lines: list[tuple[float, float, float, float, float]], mu: float) -
         lipschitz = max(magnitudes[-1], average(magnitudes), held)
         lower = max(0.0, min(slopes[-1], average(slopes)))
         agreement = max(0.1, average(signed) / average(magnitudes))
-        q *= 1 + memory / (-20 if average(values, 0.9) > average(values, 0.98) else 20)
+        q *= 1 + memory / (-10 if average(values, 0.9) > average(values, 0.98) else 20)
         q = min(max(q, 0.03), 1.0)
         length = math.sqrt(lines[k - 1][1])
         rs.append((1 - mu**k) * q * 2 * lower * np.cbrt(agreement) / (length * lipschitz))

@@ -12,8 +12,9 @@ _LOWEST = 0.03
 def cautioned(line: Line, state: State, rate: float) -> State:
     """With ``caution`` and the moving averages of the loss renewed.
 
-    ``caution`` falls by the share ``rate`` where the loss, averaged over the last ten steps, is
-    above that of the last fifty, and rises by it where it is not; it stays within [0.03, 1].
+    ``caution`` rises by the share ``rate`` where the loss, averaged over the last ten steps, is
+    not above that of the last fifty, and falls by twice that share where it is; it stays within
+    [0.03, 1]. A loss that neither rises nor falls, as often above as below, thus shortens steps.
     ``surprised`` is 1 where the loss is above twice the average of the steps before.
     """
     first, steps = state.get("first", line.value), state.get("steps", 0)
@@ -24,7 +25,7 @@ def cautioned(line: Line, state: State, rate: float) -> State:
     recent = _RECENT * recent + (1 - _RECENT) * (line.value - first)
     longer = _LONGER * longer + (1 - _LONGER) * (line.value - first)
     rising = recent / (1 - _RECENT**steps) > longer / (1 - _LONGER**steps)
-    caution = state.get("caution", 1.0) * (1 - rate if rising else 1 + rate)
+    caution = state.get("caution", 1.0) * (1 - 2 * rate if rising else 1 + rate)
     return {
         **state,
         "first": first,

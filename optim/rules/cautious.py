@@ -36,8 +36,8 @@ class Cautious(Rule):
     time that the direction remembers, and the first steps are shorter, until it has filled.
     Without momentum little is remembered: a curvature falls to a quarter a step at most. a tells
     how far the curvatures of the samples agree: where they cancel, the step is beyond what a
-    quadratic tells. q falls by m/20 at steps where the loss of the last ten is above that of the
-    last fifty, and rises by it at others, within [0.03, 1]. Between estimates the step r ‖d‖ may
+    quadratic tells. q falls by m/10 at steps where the loss of the last ten is above that of the
+    last fifty, and rises by m/20 at others, within [0.03, 1]. Between estimates the step r ‖d‖ may
     fall but not grow, since a steeper slope tells of a curvature that has grown.
 
     Found by experiment: see docs/robustness.md.
