@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from curvature import SideEffects, uncompiled
 from optim.ahead import Ahead, along
+from optim.apart import check_apart, places
 from optim.autocast import forget_casts
 from optim.called import Called
 from optim.configuration import checked_entry, shapes
@@ -84,6 +85,7 @@ class Wrapper(Optimizer):
             check_group(group)
             check_rate(group)
         check_devices(base.param_groups)
+        check_apart(base.param_groups)
         self._setting = Setting(LossScale(scaler), Ranks(process_group), Called())
         for group in base.param_groups:
             self._check_sharding(group)
@@ -96,6 +98,7 @@ class Wrapper(Optimizer):
         self.skipped = 0
         self.iteration = 0
         self._left_grads = LeftGrads()
+        self._places: list[int] | None = None
         self.__setstate__({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -140,8 +143,21 @@ class Wrapper(Optimizer):
         group = self.param_groups.pop()
         check_group(group)
         check_devices([*self.param_groups, group])
+        check_apart([*self.param_groups, group])
         self._check_sharding(group)
         self.param_groups.append({**group, "lr": ell})
+
+    def _checked_params(self) -> list[Tensor]:
+        """The parameters of all groups, looked at again where one is new or has moved."""
+        for group in self.param_groups:
+            check_rate(group)
+        params = [p for group in self.param_groups for p in group["params"]]
+        found = places(params)
+        if found is None or found != self._places:
+            check_devices(self.param_groups)
+            check_apart(self.param_groups)
+            self._places = found
+        return params
 
     def _check_sharding(self, group: dict[str, Any]) -> None:
         estimator = self.stepper.estimator
@@ -192,9 +208,7 @@ class Wrapper(Optimizer):
             tensor([0., 0.])
         """
         closures = _closures(closure, f"{type(self).__name__}.step")
-        for group in self.param_groups:
-            check_rate(group)
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._checked_params()
         # At once: while they are held, the pass to come needs as much memory again.
         self._left_grads.clear(params)
         old_grads = [p.grad for p in params]
@@ -257,7 +271,7 @@ class Wrapper(Optimizer):
         check_count("points", points, 3)
         check_positive("reach", reach)
         closures = _closures(closure, f"{type(self).__name__}.look_ahead")
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._checked_params()
         try:
             with uncompiled(), without_grads(params), SideEffects() as effects:
                 found = evaluate(closures, self.stepper.estimator.recorder, params, self._setting)

@@ -82,7 +82,7 @@ FLOORS = {
             "sharded",
             "snapshot",
         },
-        {"inner", "sinks"},
+        {"apart", "inner", "sinks"},
         {"evaluation", "penalty", "twins"},
         {"energy", "trial"},
         {"line", "din", "memory", "preconditioned", "schedules"},
