@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optim.from_origin import BLIND, FromOrigin
+from optim.inherited import torch_kind
 from optim.linear_in_rate import LinearInRate
 
 
@@ -52,7 +53,7 @@ def proposer(base: Optimizer) -> Proposer:
         )
     if isinstance(base, Proposer):
         return base
-    reason = getattr(base, "not_linear", _NOT_LINEAR.get(type(base).__name__))
+    reason = getattr(base, "not_linear", _NOT_LINEAR.get(torch_kind(base) or ""))
     if reason is not None:
         raise TypeError(f"{type(base).__name__} cannot be wrapped: {reason}")
     return FromOrigin(base) if type(base) in BLIND else LinearInRate(base)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optim.inherited import torch_kind
 from optim.inner import inner
 
 # Of torch's optimizers; others say it themselves in an attribute coupled_weight_decay.
@@ -48,7 +49,7 @@ class Penalty:
 
 def is_coupled(base: Optimizer, group: dict[str, Any]) -> bool:
     """Whether ``base`` adds this group's weight decay to the gradients, as far as is known."""
-    coupled = getattr(base, "coupled_weight_decay", type(base).__name__ in _COUPLED)
+    coupled = getattr(base, "coupled_weight_decay", torch_kind(base) in _COUPLED)
     return bool(coupled and not group.get("decoupled_weight_decay"))
 
 

@@ -35,10 +35,11 @@ class Rescaled(Wrapper):
     ``group["lr"]`` is ell: any torch scheduler drives it, though none is needed.
 
     J is the loss that the closure returns, and the L2 penalty where torch's own optimizers add
-    their ``weight_decay`` to the gradient (SGD, RMSprop, Adam, ...; another says so by an
-    attribute ``coupled_weight_decay``): it enters value, slope and curvature. Decoupled decay
-    (AdamW, INNAprop) is part of d alone. A step of INNA or INNAprop moves theta and psi together,
-    by at most beta; under their weight decay it follows d to first order in the step.
+    their ``weight_decay`` to the gradient (SGD, RMSprop, Adam, ... and what inherits their step;
+    another says so by an attribute ``coupled_weight_decay``): it enters value, slope and
+    curvature. Decoupled decay (AdamW, INNAprop) is part of d alone. A step of INNA or INNAprop
+    moves theta and psi together, by at most beta; under their weight decay it follows d to first
+    order in the step.
 
     Args:
         base: an optimizer whose step is linear in lr (SGD, RMSprop, AdamW, ...), or one that

@@ -72,6 +72,7 @@ FLOORS = {
             "checked",
             "configuration",
             "groups",
+            "inherited",
             "intercept",
             "left_grads",
             "loss_graph",

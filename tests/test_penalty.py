@@ -79,17 +79,40 @@ def test_decoupled_decay_is_none(make: Callable) -> None:
     assert optimizer.records[-1].value == 5
 
 
-def test_an_optimizer_may_say_that_its_decay_is_coupled() -> None:
-    class Own(torch.optim.SGD):
-        coupled_weight_decay = True
+class Inherits(torch.optim.SGD):
+    """Has torch's step, by another name."""
 
-    values = []
-    for make in (Own, type("Silent", (torch.optim.SGD,), {})):
-        x = nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))
-        optimizer = Rescaled(make([x], lr=0.1, weight_decay=0.4))
-        optimizer.step(lambda x=x: x.square().sum())
-        values.append(optimizer.records[-1].value)
-    assert values == [6, 5]
+
+class SaysNothing(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Says(SaysNothing):
+    coupled_weight_decay = True
+
+
+class RAdam(torch.optim.Optimizer):
+    """Not torch's: its decay is decoupled."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.parametrize(
+    ("make", "value"), [(Inherits, 6), (SaysNothing, 5), (Says, 6), (RAdam, 5)]
+)
+def test_decay_is_coupled_where_the_step_is_torchs_or_says_so(make: type, value: float) -> None:
+    x = nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))
+    optimizer = Rescaled(make([x], lr=0.1, weight_decay=0.4))
+    optimizer.step(lambda: x.square().sum())
+    assert optimizer.records[-1].value == value
 
 
 def test_the_energy_of_heavy_ball_has_the_penalty() -> None:

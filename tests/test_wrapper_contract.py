@@ -773,8 +773,18 @@ NOT_LINEAR += ["Adafactor"] if hasattr(torch.optim, "Adafactor") else []
 @pytest.mark.parametrize("name", NOT_LINEAR)
 @every_wrapper
 def test_torch_optimizers_that_cannot_be_wrapped(name: str, wrapper: str) -> None:
-    with pytest.raises(TypeError, match=f"{name} cannot be wrapped"):
-        WRAPPERS[wrapper](getattr(torch.optim, name)([nn.Parameter(torch.ones(1))]))
+    kind = getattr(torch.optim, name)
+    for make in (kind, type("Inherits", (kind,), {})):
+        with pytest.raises(TypeError, match=f"{make.__name__} cannot be wrapped"):
+            WRAPPERS[wrapper](make([nn.Parameter(torch.ones(1))]))
+
+
+@every_wrapper
+def test_a_name_that_torch_has_too_says_nothing(wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(1))
+    optimizer = WRAPPERS[wrapper](type("ASGD", (OwnSGD,), {})([p]))
+    optimizer.step(lambda: p.square().sum())
+    assert p.item() < 1
 
 
 @every_wrapper
