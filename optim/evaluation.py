@@ -312,7 +312,8 @@ def _check_none_left(params: Sequence[Tensor]) -> None:
     if any(p.grad is not None and bool(local(p.grad).any()) for p in params):
         raise ValueError(
             "p.grad holds gradients that were computed outside this step's closure; call zero_grad "
-            "in it, or, to accumulate several parts of a batch, give step a list of closures"
+            "in it, or, to accumulate several parts of a batch, give step a list of closures, or, "
+            "where a hook of steps clips what the last one left, give the wrapper clip="
         )
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optim.global_hooks import global_hooks_off
+
 
 class OnTwins(ABC):
     """Steps ``base`` on a twin of each parameter; a subclass tells the direction from that.
@@ -67,7 +69,8 @@ class OnTwins(ABC):
             for p, twin in twins.items():
                 if p in state:
                     state[twin] = state.pop(p)
-            self._base.step()
+            with global_hooks_off():
+                self._base.step()
         finally:
             for group, (lr, params) in zip(groups, own, strict=True):
                 group["lr"], group["params"] = lr, params

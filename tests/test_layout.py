@@ -71,6 +71,7 @@ FLOORS = {
             "called",
             "checked",
             "configuration",
+            "global_hooks",
             "groups",
             "inherited",
             "intercept",

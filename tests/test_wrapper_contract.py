@@ -18,10 +18,16 @@ import torch
 from agreement import fast_only
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.checkpoint import checkpoint
 
 from curvature import NotTwiceDifferentiable, SideEffects
 from optim import INNA, GeN, INNAprop, Records, Rescaled
+from optim.global_hooks import global_hooks_off
 from optim.rules import Lipschitz
 
 F64 = torch.float64
@@ -390,6 +396,58 @@ def test_a_skipped_step_warns_of_the_callers_line(wrapper: str) -> None:
     with pytest.warns(RuntimeWarning, match="skipped") as caught:
         optimizer.step(lambda: p.sum() * torch.nan)
     assert caught[0].filename == __file__
+
+
+@every_wrapper
+@pytest.mark.parametrize("base", ["SGD", "SGD, all options", "a subclass of SGD", "INNA"])
+def test_global_hooks_run_once_a_step_around_the_wrapper(base: str, wrapper: str) -> None:
+    seen: list[Any] = []
+
+    def scale(optimizer: Any, *_: Any) -> None:
+        seen.append(optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(0.01)
+
+    slopes = []
+    for hooks in ((register_optimizer_step_pre_hook, register_optimizer_step_post_hook), ()):
+        problem = Problem()
+        optimizer = WRAPPERS[wrapper](BASES[base](problem.groups()))
+        handles = [register(scale) for register in hooks]
+        try:
+            for k in range(2):
+                optimizer.step(lambda p=problem, k=k: p.losses(k))
+                optimizer.zero_grad()
+        finally:
+            for handle in handles:
+                handle.remove()
+        slopes.append([record.slope for record in optimizer.records])
+        assert seen == [optimizer] * 4 * bool(hooks)
+        seen.clear()
+    assert slopes[0] == slopes[1]
+
+
+def test_global_hooks_stay_those_of_other_threads() -> None:
+    seen: list[str] = []
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+
+    class Waits(OwnSGD):
+        def step(self, closure: Any = None) -> None:
+            thread = threading.Thread(target=other.step)
+            thread.start()
+            thread.join()
+
+    handle = register_optimizer_step_post_hook(lambda o, *_: seen.append(type(o).__name__))
+    try:
+        with global_hooks_off(), global_hooks_off():
+            Waits([nn.Parameter(torch.ones(1))]).step()
+        assert seen == ["SGD"]
+        other.step()
+    finally:
+        handle.remove()
+    assert seen == ["SGD", "SGD"]
+    assert not _global_optimizer_post_hooks
 
 
 @every_wrapper
