@@ -18,12 +18,18 @@ def check_rate(group: dict[str, Any]) -> None:
         raise ValueError(f"lr is {group['lr']}; it must be finite and at least 0")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Refuse a group that cannot be wrapped."""
+def check_options(group: dict[str, Any]) -> None:
+    """Refuse those with which no step can be taken; a caller may set them between steps."""
+    check_rate(group)
     if group.get("maximize"):
         raise ValueError("maximize=True cannot be wrapped; negate the loss instead")
     if group.get("differentiable"):
         raise ValueError("differentiable=True cannot be wrapped: no graph is kept of a step")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse a group that cannot be wrapped."""
+    check_options(group)
     if "initial_lr" in group:
         raise ValueError(
             "a scheduler is attached to the base optimizer already, or was when its state was "

@@ -21,7 +21,7 @@ from optim.called import Called
 from optim.configuration import checked_entry, shapes
 from optim.estimators import Estimator
 from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate, without_grads
-from optim.groups import check_devices, check_group, check_rate
+from optim.groups import check_devices, check_group, check_options, check_rate
 from optim.left_grads import LeftGrads
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
@@ -83,7 +83,6 @@ class Wrapper(Optimizer):
         )
         for group in base.param_groups:
             check_group(group)
-            check_rate(group)
         check_devices(base.param_groups)
         check_apart(base.param_groups)
         self._setting = Setting(LossScale(scaler), Ranks(process_group), Called())
@@ -150,7 +149,7 @@ class Wrapper(Optimizer):
     def _checked_params(self) -> list[Tensor]:
         """The parameters of all groups, looked at again where one is new or has moved."""
         for group in self.param_groups:
-            check_rate(group)
+            check_options(group)
         params = [p for group in self.param_groups for p in group["params"]]
         found = places(params)
         if found is None or found != self._places:

@@ -359,6 +359,23 @@ def test_a_step_that_is_not_taken_leaves_the_callers_gradients(wrapper: str, own
 
 
 @every_wrapper
+@pytest.mark.parametrize(
+    ("name", "message"), [("maximize", "negate the loss"), ("differentiable", "no graph is kept")]
+)
+def test_an_option_that_is_set_between_steps_is_seen(name: str, message: str, wrapper: str) -> None:
+    p, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = WRAPPERS[wrapper](torch.optim.Adam([p]))
+    optimizer.base.add_param_group({"params": [other], name: True})
+    for call in (optimizer.step, optimizer.look_ahead):
+        with pytest.raises(ValueError, match=message):
+            call(lambda: p.square().sum() + other.square().sum())
+    assert (p.item(), other.item(), optimizer.iteration) == (1, 1, 0)
+    optimizer.param_groups[1][name] = False
+    optimizer.step(lambda: p.square().sum() + other.square().sum())
+    assert p.item() < 1
+
+
+@every_wrapper
 @pytest.mark.parametrize("lr", [math.nan, math.inf, -0.1])
 def test_a_rate_that_is_none_is_refused(lr: float, wrapper: str) -> None:
     p = nn.Parameter(torch.ones(1, dtype=F64))
