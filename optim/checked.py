@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optim.ranges import check_number
+from optim.ranges import check_number, check_param_group
 
 _NUMBERS = ("lr", "alpha", "beta", "sigma", "eps", "weight_decay")
 
@@ -22,7 +22,7 @@ class Checked(Optimizer):
         """Add a group; what it does not name is taken from the defaults.
 
         Raises:
-            ValueError: a hyperparameter is out of range.
+            ValueError: a hyperparameter is out of range, or there are no parameters.
             TypeError: one is no number, or a parameter is complex or integer.
 
         Example:
@@ -34,6 +34,7 @@ class Checked(Optimizer):
             >>> [group["beta"] for group in optimizer.param_groups]
             [0.9, 0.2]
         """
+        check_param_group(param_group)
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:

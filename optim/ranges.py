@@ -39,3 +39,12 @@ def check_kind(name: str, value: Any, kind: type, hint: str) -> None:
     if not isinstance(value, kind):
         given = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
         raise TypeError(f"{name} is {given}; give {hint}")
+
+
+def check_param_group(param_group: Any) -> None:
+    """Refuse what is no group of parameters."""
+    if not isinstance(param_group, dict):
+        kind = type(param_group).__name__
+        raise TypeError(f"param_group is a {kind}; give a dictionary, as {{'params': [p]}}")
+    if "params" not in param_group:
+        raise ValueError(f"param_group holds {list(param_group)} and lacks 'params'")

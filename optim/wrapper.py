@@ -25,7 +25,7 @@ from optim.groups import check_devices, check_group, check_options, check_rate
 from optim.left_grads import LeftGrads
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
-from optim.ranges import check_count, check_kind, check_positive
+from optim.ranges import check_count, check_kind, check_param_group, check_positive
 from optim.ranks import Ranks
 from optim.record import Records, StepRecord
 from optim.rules import Rule
@@ -135,6 +135,7 @@ class Wrapper(Optimizer):
             >>> [group["lr"] for group in optimizer.param_groups]
             [0.95, 0.25]
         """
+        check_param_group(param_group)
         # A base may have bounds for its own lr, which ell need not meet.
         ell = param_group.get("lr", self.defaults["lr"])
         check_rate({"lr": ell})

@@ -130,6 +130,19 @@ for _name in ("INNA", "INNAprop", "DINAdam", "INNApropMomentum"):
             _of, _error, _message, lambda w, _, make=_make, options=_options: make([w.p], **options)
         )
 
+    for _group, _error, _message in (
+        (lambda w: [w.v], TypeError, "param_group is a list; give a dictionary, as"),
+        (lambda w: None, TypeError, "param_group is a NoneType"),
+        (lambda w: {"lr": 0.01}, ValueError, r"param_group holds \['lr'\] and lacks 'params'"),
+    ):
+        bad(
+            _of,
+            _error,
+            _message,
+            lambda w, o, g=_group: o.add_param_group(g(w)),
+            lambda w, make=_make: make([w.p]),
+        )
+
     def _sparse(w: World, optimizer: Any) -> None:
         optimizer.step()
 
@@ -281,6 +294,8 @@ for _name in ("Rescaled", "GeN"):
         _sparse_layer,
     )
     for _group, _error, _message in (
+        (lambda w: [w.p], TypeError, "param_group is a list; give a dictionary, as"),
+        (lambda w: {"lr": 0.5}, ValueError, r"param_group holds \['lr'\] and lacks 'params'"),
         (lambda w: {"params": [w.p], "lr": NAN}, ValueError, "lr is nan"),
         (lambda w: {"params": [w.p], "maximize": True}, ValueError, "negate the loss"),
         (lambda w: {"params": [w.p * 2]}, ValueError, "non-leaf"),
