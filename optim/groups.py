@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.ranges import check_number
+
 
 def check_rate(group: dict[str, Any]) -> None:
     """Refuse a group whose lr is no factor on a step."""
     if "lr" not in group:
         raise TypeError("the base optimizer has no lr in its groups, by which to set its step")
+    check_number("lr", group["lr"])
     if not 0 <= float(group["lr"]) < math.inf:
         raise ValueError(f"lr is {group['lr']}; it must be finite and at least 0")
 
@@ -21,6 +24,13 @@ def check_rate(group: dict[str, Any]) -> None:
 def check_options(group: dict[str, Any]) -> None:
     """Refuse those with which no step can be taken; a caller may set them between steps."""
     check_rate(group)
+    if "momentum" in group:
+        check_number("momentum", group["momentum"])
+    if "betas" in group:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or not betas:
+            raise TypeError(f"betas is {betas!r}; give a tuple of numbers")
+        check_number("betas[0]", betas[0])
     if group.get("maximize"):
         raise ValueError("maximize=True cannot be wrapped; negate the loss instead")
     if group.get("differentiable"):

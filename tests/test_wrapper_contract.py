@@ -376,6 +376,38 @@ def test_an_option_that_is_set_between_steps_is_seen(name: str, message: str, wr
 
 
 @every_wrapper
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"lr": "a"}, "lr is 'a'; it must be a number"),
+        ({"lr": None}, "lr is None; it must be a number"),
+        ({"lr": torch.ones(2)}, r"lr is tensor\(.*; it must be a number"),
+        ({"momentum": None}, "momentum is None; it must be a number"),
+        ({"betas": (None, 0.9)}, r"betas\[0\] is None; it must be a number"),
+        ({"betas": 0.9}, r"betas is 0\.9; give a tuple of numbers"),
+    ],
+)
+def test_an_option_that_is_no_number_is_refused(
+    option: dict[str, Any], message: str, wrapper: str
+) -> None:
+    p = nn.Parameter(torch.ones(1, dtype=F64))
+    base = torch.optim.SGD([p])
+    optimizer = WRAPPERS[wrapper](base)
+    before = dict(base.param_groups[0])
+    base.param_groups[0].update(option)
+    for call in (optimizer.step, optimizer.look_ahead):
+        with pytest.raises(TypeError, match=message):
+            call(lambda: p.square().sum())
+    with pytest.raises(TypeError, match=message):
+        WRAPPERS[wrapper](base)
+    base.param_groups[0].clear()
+    base.param_groups[0].update(before)
+    with pytest.raises(TypeError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], **option})
+    assert (len(base.param_groups), p.item(), optimizer.iteration) == (1, 1, 0)
+
+
+@every_wrapper
 @pytest.mark.parametrize("lr", [math.nan, math.inf, -0.1])
 def test_a_rate_that_is_none_is_refused(lr: float, wrapper: str) -> None:
     p = nn.Parameter(torch.ones(1, dtype=F64))
