@@ -338,6 +338,17 @@ def test_bad_hyperparameters(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_first_gradient_of_zero_leaves_all_open(rule: str) -> None:
+    x = nn.Parameter(torch.zeros(1, dtype=F64))
+    base = torch.optim.SGD([x], momentum=0.5)
+    optimizer = Rescaled(base, rule=RULES[rule], estimator=Probes())
+    optimizer.step(lambda: x.square().sum())
+    assert (x.item(), optimizer.skipped) == (0, 0)
+    optimizer.step(lambda: (x - 1).square().sum())
+    assert 0 < x.item() <= 2
+
+
 def test_probes_go_as_far_as_at_ell_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a schedule makes the steps themselves small, or a step is not taken at all."""
     reaches = []

@@ -50,7 +50,8 @@ class Newton(Rule):
     ) -> tuple[float | str, State]:
         eta = self.reach(line, state)
         if eta is None:
-            assert estimate is not None
+            if estimate is None:  # of a direction that is zero
+                return 0.0, state
             eta = estimate.reach
             if eta == math.inf:
                 return _unsearched(estimate)
