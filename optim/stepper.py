@@ -27,6 +27,7 @@ from optim.snapshot import Snapshot
 from optim.trial import Trial
 
 _HALVINGS = 40  # after which no length of the step is left to speak of
+_NEARER = 4.0  # where the next probe goes after one that was NaN or infinite
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Stepper:
 
     Attributes:
         rule_state: what the rule remembers.
-        length: of the last step at ell = 1.
+        length: of the last step at ell = 1, or less where a probe beyond it was NaN or infinite.
         energy: the kinetic energy that it left.
     """
 
@@ -106,12 +107,12 @@ class Stepper:
 
     def ahead(self, iteration: int, trial: Trial) -> Plan:
         """What the step would be, with an estimate; the base and the rule stay as they are."""
-        before, rule_state = Snapshot(self.base), self.rule_state
+        before, rule_state, length = Snapshot(self.base), self.rule_state, self.length
         try:
             return self._plan(iteration, trial, True)
         finally:
             before.restore()
-            self.rule_state = rule_state
+            self.rule_state, self.length = rule_state, length
 
     def _plan(self, iteration: int, trial: Trial, due: bool) -> Plan:
         """Ask the base for a direction, and the rule how far to go along it."""
@@ -198,6 +199,7 @@ class Stepper:
             self.clip([p for p in found.params if p.grad is not None])
 
     def _measure(self, trial: Trial, line: Line) -> Estimate | str:
+        reach = math.inf
         try:
             # Differentiating may evaluate checkpointed modules again, and so their statistics.
             with trial.aside():
@@ -206,6 +208,8 @@ class Stepper:
                 return found if isinstance(found, str) else replace(found, reach=reach)
         except NonFiniteLoss:
             self.rule_state = self.rule.after_bad_probe(self.rule_state)
+            if reach < math.inf:
+                self.length = reach * math.sqrt(line.squared_norm) / _NEARER
             return "the loss at a probe is NaN or infinite"
 
     def _reach(self, trial: Trial, line: Line) -> float:

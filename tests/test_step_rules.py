@@ -391,7 +391,37 @@ def test_gen_is_its_parts() -> None:
 def test_a_loss_that_is_nan_ahead_skips_the_step(estimator: str) -> None:
     x = nn.Parameter(torch.tensor([1.0], dtype=F64))
     optimizer = Rescaled(torch.optim.SGD([x]), estimator=ESTIMATORS[estimator](None))
-    optimizer.stepper.length = 10.0
+    optimizer.stepper.length = 2.0
+    with pytest.raises(ValueError, match="the loss at a probe is NaN or infinite"):
+        optimizer.look_ahead(lambda: x.sqrt().sum())
     with pytest.warns(RuntimeWarning, match="the loss at a probe is NaN or infinite"):
         optimizer.step(lambda: x.sqrt().sum())
     assert x.item() == 1
+    assert optimizer.stepper.length == 0.5
+    optimizer.step(lambda: x.sqrt().sum())  # probed a quarter as far
+    assert optimizer.skipped == 1
+
+
+@pytest.mark.parametrize("rule", ["Cautious", "searched", "Trust"])
+def test_a_first_probe_that_is_nan_is_followed_by_a_shorter_one(rule: str) -> None:
+    x = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    base = torch.optim.SGD([x])
+    optimizer = Rescaled(base, rule=RULES[rule], estimator=GradientDifferences())
+    closure = lambda: (x - 0.9994).sqrt().sum()  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="the loss at a probe is NaN or infinite"):
+        optimizer.step(closure)  # 2e-3 ahead
+    optimizer.step(closure)
+    assert optimizer.skipped == 1
+    assert 0.9994 < x.item() < 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_searched_probes_are_finite_on_both_sides(rule: str) -> None:
+    if rule in ("Lyapunov", "Newton"):
+        pytest.skip("no inertia, or nothing to search")
+    x = nn.Parameter(torch.tensor([0.7, 0.3], dtype=F64))
+    optimizer = Rescaled(torch.optim.SGD([x]), rule=RULES[rule], estimator=Probes())
+    for _ in range(3):
+        optimizer.step(lambda: (1 / (1 - x) - (1 - x).log()).sum())
+    assert optimizer.skipped == 0
+    assert optimizer.records[-1].value < optimizer.records[0].value

@@ -68,10 +68,16 @@ class Probes(Estimator):
             )
 
     def first_reach(self, trial: Trial, line: Line) -> float:
-        """The lowest loss over learning rates from 1e-6 to 1e2 (GeN's appendix C.4.2)."""
+        """The lowest loss over learning rates from 1e-6 to 1e2 (GeN's appendix C.4.2).
+
+        Of those that have a finite loss at every point.
+        """
         losses = {eta: trial.loss_after(eta) for eta in _GRID}
-        finite = {eta: loss for eta, loss in losses.items() if math.isfinite(loss)}
-        return min(finite, key=lambda eta: finite[eta], default=_GRID[0])
+        finite = [eta for eta in _GRID if math.isfinite(losses[eta])]
+        for eta in sorted(finite, key=lambda eta: losses[eta]):
+            if all(math.isfinite(trial.loss_after(eta * p)) for p in self.points if p != 1):
+                return eta
+        return _GRID[0]
 
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         quadratic = fit(
