@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 Shapes = list[list[list[int]]]
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def shapes(groups: Iterable[dict[str, Any]]) -> Shapes:
     """That of every parameter of each group."""
     return [[list(p.shape) for p in group["params"]] for group in groups]
+
+
+def described(part: Any, kinds: tuple[type, ...]) -> str:
+    """In words that are the same in every process.
+
+    An instance of one of ``kinds`` is its class and attributes, but for those that a dataclass
+    keeps out of its ``repr``; anything else is its ``repr``, without an address.
+    """
+    if isinstance(part, kinds):
+        hidden = {f.name for f in fields(part) if not f.repr} if is_dataclass(part) else set()
+        entries = [f"{k}={described(v, kinds)}" for k, v in vars(part).items() if k not in hidden]
+        return f"{type(part).__qualname__}({', '.join(entries)})"
+    if isinstance(part, (list, tuple)):
+        return f"({', '.join(described(entry, kinds) for entry in part)})"
+    if isinstance(part, Mapping):
+        return described(list(part.items()), kinds)
+    return _ADDRESS.sub("", repr(part))
 
 
 def checked_entry(

@@ -18,7 +18,7 @@ from optim.ahead import Ahead, along
 from optim.apart import check_apart, places
 from optim.autocast import forget_casts
 from optim.called import Called
-from optim.configuration import checked_entry, shapes
+from optim.configuration import checked_entry, described, shapes
 from optim.estimators import Estimator
 from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate, without_grads
 from optim.groups import check_devices, check_group, check_options, check_rate
@@ -323,8 +323,8 @@ class Wrapper(Optimizer):
             "kind": type(self).__name__,
             "base": type(self.base).__name__,
             "shapes": shapes(self.param_groups),
-            "rule": repr(self.stepper.rule),
-            "estimator": repr(self.stepper.estimator),
+            "rule": described(self.stepper.rule, (Rule, Estimator)),
+            "estimator": described(self.stepper.estimator, (Rule, Estimator)),
             "every": self.stepper.every,
             "checked": self.stepper.checked,
         }

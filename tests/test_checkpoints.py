@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from optim import INNA, GeN, INNAprop, Rescaled
 from optim.estimators import Exact, GaussNewton, Probes, Secant
-from optim.rules import Edge, Lipschitz
+from optim.rules import Edge, Lipschitz, RobbinsMonro, Rule
 
 TESTS = Path(__file__).parent
 
@@ -206,6 +206,38 @@ def test_an_estimator_may_hold_a_model_of_its_own() -> None:
     (_, one), (_, other) = trained(make), trained(make)
     other.load_state_dict(one.state_dict())
     assert_identical(other.state_dict(), one.state_dict())
+
+
+class OwnRule(Rule):
+    def __init__(self, r: float, schedule: Any) -> None:
+        self.r, self.schedule = r, schedule
+
+    def choose(self, line: Any, estimate: Any, state: Any) -> Any:
+        return self.r, {"steps": state.get("steps", 0) + 1}
+
+
+class OwnEstimator(Exact):
+    def __init__(self, rules: Any) -> None:
+        super().__init__(per_sample=False)
+        object.__setattr__(self, "rules", rules)
+
+
+def test_rules_and_estimators_of_others_are_known_again() -> None:
+    """By what they hold, wherever it lies in memory."""
+
+    def make(r: float, nested: float = 0.5) -> Any:
+        rule = RobbinsMonro(1e-3, 1.0, rule=OwnRule(r, lambda k: k))
+        estimator = OwnEstimator([{"a": OwnRule(nested, object())}])
+        return lambda m: Rescaled(SGD(m.parameters()), rule=rule, estimator=estimator)
+
+    (_, one), (model, other) = trained(make(0.1)), trained(make(0.1))
+    other.load_state_dict(one.state_dict())
+    assert_identical(other.state_dict(), one.state_dict())
+    _, differing = trained(make(0.2))
+    message = r"rule=OwnRule\(r=0\.2, schedule=.*, this has .*rule=OwnRule\(r=0\.1, "
+    refused(model, other, differing.state_dict(), message)
+    _, differing = trained(make(0.1, nested=0.25))
+    refused(model, other, differing.state_dict(), r"estimator OwnEstimator\(.*OwnRule\(r=0\.25")
 
 
 def test_hyperparameters_become_those_of_the_checkpoint() -> None:
