@@ -27,10 +27,11 @@ class Rescaled(Wrapper):
         r = 2 <d, g> / (‖d‖² L)
 
     ell = 1/2 minimises the quadratic model along d and ell = 1 is the largest step that does
-    not raise it (equation 11). Rescaling d by any factor leaves the iterates unchanged. With
-    momentum, slope and curvature are bounded by what the last steps saw, and where the samples'
-    curvatures cancel, steps are shorter: see :class:`optim.rules.Cautious`. The paper's rule
-    throughout, which averages L over the steps, is ``rule=Lipschitz(), checked=0``.
+    not raise it (equation 11). Rescaling d by any factor leaves the iterates unchanged, except
+    for the first probes of :class:`optim.estimators.Probes`. With momentum, slope and curvature
+    are bounded by what the last steps saw, and where the samples' curvatures cancel, steps are
+    shorter: see :class:`optim.rules.Cautious`. The paper's rule throughout, which averages L over
+    the steps, is ``rule=Lipschitz(), checked=0``.
 
     ``group["lr"]`` is ell: any torch scheduler drives it, though none is needed.
 

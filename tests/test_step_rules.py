@@ -349,6 +349,14 @@ def test_a_first_gradient_of_zero_leaves_all_open(rule: str) -> None:
     assert 0 < x.item() <= 2
 
 
+def test_probes_that_rounding_hides_say_so() -> None:
+    """Of a loss so small that a first probe of 1e2 d does not move the parameters."""
+    x = nn.Parameter(torch.tensor([0.7, 0.3], dtype=F64))
+    optimizer = Rescaled(torch.optim.SGD([x]), estimator=Probes())
+    with pytest.warns(RuntimeWarning, match="finds no curvature .* or rounding hides it"):
+        optimizer.step(lambda: 1e-30 * x.square().sum())
+
+
 def test_probes_go_as_far_as_at_ell_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a schedule makes the steps themselves small, or a step is not taken at all."""
     reaches = []

@@ -21,6 +21,10 @@ class Probes(Estimator):
     The losses are taken on the step's batch, with the same random numbers and without touching
     parameters or buffers. Probing calls the closure again: draw the batch outside it.
 
+    The first eta is searched from 1e-6 to 1e2, as printed, whatever the length of d: of a loss that
+    is multiplied by 1e-30 rounding hides all that such probes could tell. :class:`Secant` searches
+    relative to the parameters.
+
     The estimator of :class:`optim.rules.Newton`, which takes slope and curvature from one fit.
     Other rules know the exact slope, and where the loss grows linearly far out a symmetric fit
     sees no curvature that would hold them back: around SGD such steps may diverge, and

@@ -23,7 +23,7 @@ class Edge(Rule):
 
     With factor 1 it is the minimum along d of the quadratic, with 2 the largest step that does
     not raise it, which keeps the sharpness from growing. Slope and curvature are averaged per
-    unit length here, so that rescaling d by any factor leaves the iterates unchanged.
+    unit length here, so that rescaling d by any factor leaves the rule's steps unchanged.
 
     Args:
         factor: sigma of the paper, positive.

@@ -10,8 +10,8 @@ from optim.ranges import check_decay
 from optim.rules.rule import Rule, State
 
 NO_CURVATURE = (
-    "the loss has no curvature along the direction, so no step length follows; GeN finds one where "
-    "it bends farther on"
+    "the estimator finds no curvature along the direction, so no step length follows: the loss has "
+    "none there, and GeN finds one where it bends farther on, or rounding hides it"
 )
 
 
