@@ -27,7 +27,8 @@ class Kinetic:
     curvature: float
 
     def after(self, s: float) -> float:
-        return self.value + s * self.slope + s**2 / 2 * self.curvature
+        # Powers of numbers overflow by an error, products do not.
+        return self.value + s * (self.slope + s / 2 * self.curvature)
 
 
 @runtime_checkable

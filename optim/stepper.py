@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,12 @@ from optim.snapshot import Snapshot
 from optim.trial import Trial
 
 _HALVINGS = 40  # after which no length of the step is left to speak of
+_SMALLEST = sys.float_info.min
+_LEAST = _SMALLEST / sys.float_info.epsilon  # of a sum of squares that has all its digits
+_TOO_SMALL = (
+    "the gradient is so small that products with it leave the range of float64; multiply the loss "
+    "by a large number"
+)
 _NEARER = 4.0  # where the next probe goes after one that was NaN or infinite
 
 
@@ -141,6 +148,8 @@ class Stepper:
             numbers["energy"] = line.value + kinetic.before
         if not math.isfinite(line.slope) or not math.isfinite(line.squared_norm):
             return plan.skipped("the direction of the base optimizer is NaN or infinite")
+        if squared_norm < _LEAST and not trial.is_flat():
+            return plan.skipped(_TOO_SMALL)
         numbers["slope"] = line.slope
         if due and line.squared_norm > 0:
             found = self._measure(trial, line)
@@ -204,13 +213,20 @@ class Stepper:
             # Differentiating may evaluate checkpointed modules again, and so their statistics.
             with trial.aside():
                 reach = self._reach(trial, line)
+                bend = abs(line.slope) / reach if reach < math.inf else math.inf
+                if line.slope and bend < _SMALLEST and not trial.is_flat():
+                    return _TOO_SMALL
                 found = self.estimator.estimate(trial, line, reach)
-                return found if isinstance(found, str) else replace(found, reach=reach)
         except NonFiniteLoss:
             self.rule_state = self.rule.after_bad_probe(self.rule_state)
             if reach < math.inf:
                 self.length = reach * math.sqrt(line.squared_norm) / _NEARER
             return "the loss at a probe is NaN or infinite"
+        if isinstance(found, str):
+            return found
+        if not math.isfinite(found.magnitude):
+            return "the curvature along the direction is NaN or infinite"
+        return replace(found, reach=reach)
 
     def _reach(self, trial: Trial, line: Line) -> float:
         """How far along d a probe shall go: as the rule says, or as the last step at ell = 1."""

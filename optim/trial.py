@@ -146,6 +146,13 @@ class Trial:
         return self._over_ranks(self.evaluation.losses.abs())
 
     @torch.no_grad()
+    def is_flat(self) -> bool:
+        """Whether the gradient over a step as long as 1 and the parameters is rounding."""
+        sizes = [1 + p.abs() for p in self.params]
+        change = inner(sizes, [None if g is None else g.abs() for g in self.evaluation.grads])
+        return change <= self.rounding(0.0)
+
+    @torch.no_grad()
     def check_repeats(self, value: float, slope: float, squared_norm: float) -> None:
         """Refuse closures that do not give the loss as a function of the parameters.
 

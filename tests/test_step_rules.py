@@ -349,6 +349,33 @@ def test_a_first_gradient_of_zero_leaves_all_open(rule: str) -> None:
     assert 0 < x.item() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:step . skipped")
+@pytest.mark.parametrize("scale", [1e-170, 1e-150, 1e-120, 1e90, 1e120, 1e150])
+@pytest.mark.parametrize(
+    ("estimator", "rule"),
+    [
+        *((estimator, "Cautious") for estimator in ("tangent pass", "jet", "losses", "gradients")),
+        ("chords", "Cautious"),
+        ("chords", "Trust"),
+        ("jet", "Lyapunov"),
+    ],
+)
+def test_a_loss_at_the_ends_of_float64_descends_or_is_refused(
+    estimator: str, rule: str, scale: float
+) -> None:
+    x = nn.Parameter(torch.tensor([0.7, 0.3], dtype=F64))
+    optimizer = Rescaled(
+        torch.optim.SGD([x], momentum=0.1), estimator=ESTIMATORS[estimator](None), rule=RULES[rule]
+    )
+    for _ in range(3):
+        optimizer.step(lambda: scale * x.square())
+    records = list(optimizer.records)
+    assert all(r.skipped is not None or r.step * r.slope > 0 for r in records)
+    assert optimizer.skipped in (0, 3) or scale > 1
+    if optimizer.skipped == 0:
+        assert records[-1].value < records[0].value
+
+
 def test_probes_that_rounding_hides_say_so() -> None:
     """Of a loss so small that a first probe of 1e2 d does not move the parameters."""
     x = nn.Parameter(torch.tensor([0.7, 0.3], dtype=F64))

@@ -71,13 +71,11 @@ class Exact(Estimator):
         curvature, magnitudes = penalty, []
         for tape, share, scale in trial.recorded(self.recorder):
             quadratic = tape.directional(unit, per_sample=bool(tape.per_sample))
-            factor = length**2 / scale
+            factor = length * length / scale
             curvature += share * quadratic.curvature.double().item() * factor
             if quadratic.per_sample is not None:
                 bent = quadratic.per_sample.curvature.double() * factor + penalty
                 magnitudes.append(share * bent.abs().mean().item())
         curvature, magnitude = trial.means(curvature, sum(magnitudes))
         magnitude = magnitude if magnitudes else abs(curvature)
-        if not math.isfinite(magnitude):
-            return "the curvature along the direction is NaN or infinite"
         return Estimate(line.slope, curvature, magnitude)

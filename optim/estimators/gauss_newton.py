@@ -97,8 +97,6 @@ class GaussNewton(Estimator):
                     "outputs, between which and the loss the curvature is taken, are not known"
                 )
             bent = tape.gauss_newton(unit, tape.outputs).curvature.double().item()
-            curvature += share * bent * length**2 / scale
+            curvature += share * bent * length * length / scale
         (curvature,) = trial.means(curvature)
-        if not math.isfinite(curvature):
-            return "the curvature along the direction is NaN or infinite"
         return Estimate(line.slope, curvature, abs(curvature))

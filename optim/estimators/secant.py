@@ -80,4 +80,4 @@ def _chord(trial: Trial, line: Line, t: float) -> float:
     if not math.isfinite(loss):
         return math.inf
     rise = loss - line.value + t * line.slope
-    return 2 * rise / t**2 if abs(rise) > trial.rounding(loss) else 0.0
+    return 2 * (rise / t) / t if abs(rise) > trial.rounding(loss) else 0.0

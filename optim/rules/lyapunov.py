@@ -69,6 +69,5 @@ class Lyapunov(Lipschitz):
         curvature = state.get("lipschitz", 0.0) * line.squared_norm + kinetic.curvature
         falling = line.slope - kinetic.slope
         left = max(0.0, kinetic.before - kinetic.value)
-        return newton_step(
-            max(0.0, falling + math.sqrt(falling**2 + 2 * curvature * left)), curvature
-        ), state
+        root = math.hypot(falling, math.sqrt(2 * curvature) * math.sqrt(left))
+        return newton_step(max(0.0, falling + root), curvature), state
