@@ -50,7 +50,7 @@ class Checked(Optimizer):
 
         Raises:
             ValueError: a hyperparameter of a group is out of range by now.
-            TypeError: a gradient is sparse.
+            TypeError: a gradient is sparse, or a parameter has changed its dtype.
 
         Example:
             >>> import torch
@@ -87,8 +87,16 @@ class Checked(Optimizer):
     def _check_gradients(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
                     raise TypeError(f"{type(self).__name__} does not support sparse gradients")
+                for held in self.state.get(p, {}).values():
+                    if isinstance(held, Tensor) and held.dtype != p.dtype:
+                        raise TypeError(
+                            f"a state has dtype {held.dtype} and its parameter {p.dtype}, as after "
+                            "model.double(): load_state_dict(state_dict()) converts it"
+                        )
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ class DIN(Checked):
             For each parameter with a gradient, ``ratio (lambda theta - u + beta P^-1 g)``.
 
         Raises:
-            TypeError: a gradient is sparse.
+            TypeError: a gradient is sparse, or a parameter has changed its dtype.
 
         Example:
             >>> import torch

@@ -1,5 +1,6 @@
 """DINAdam and INNAprop's momentum form against the equations that the paper derives them from."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from optim import DINAdam, INNAprop, INNApropMomentum, Rescaled
+from optim import INNA, DINAdam, INNAprop, INNApropMomentum, Rescaled
 
 F64 = torch.float64
 Array = NDArray[np.float64]
@@ -132,3 +133,42 @@ def test_bad_tensors(kind: Any) -> None:
     with pytest.raises(TypeError, match="does not support sparse gradients"):
         kind([p]).step()
     assert torch.equal(p.detach(), torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", [INNA, INNAprop, DINAdam, INNApropMomentum])
+def test_a_parameter_that_changes_its_dtype_takes_its_state_along(kind: type) -> None:
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = kind([{"params": [first]}, {"params": [second]}], lr=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (first.square().sum() + second.square().sum()).backward()
+        optimizer.step()
+
+    step()
+    second.data = second.data.double()
+    before = copy.deepcopy((first.data, second.data, optimizer.state_dict()["state"]))
+    with pytest.raises(TypeError, match=r"a state has dtype torch.float32 .* converts it"):
+        step()
+    torch.testing.assert_close(
+        (first.data, second.data, optimizer.state_dict()["state"]), before, rtol=0, atol=0
+    )
+    optimizer.load_state_dict(optimizer.state_dict())
+    step()
+    states = [x for x in optimizer.state[second].values() if isinstance(x, torch.Tensor)]
+    assert {x.dtype for x in states} == {F64}
+
+
+@pytest.mark.parametrize("kind", [INNA, INNAprop])
+def test_nor_does_a_wrapper_go_on_with_the_old_state(kind: type) -> None:
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer = Rescaled(kind([x]))
+    optimizer.step(lambda: x.square().sum())
+    x.data = x.data.double()
+    before = x.detach().clone()
+    with pytest.raises(TypeError, match=r"a state has dtype torch.float32"):
+        optimizer.step(lambda: x.square().sum())
+    assert torch.equal(x, before)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(lambda: x.square().sum())
+    assert optimizer.iteration == 2
