@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curvature import RandomState
+from optim.inner import inner
 from optim.snapshot import Snapshot
 from optim.twins import OnTwins
 
@@ -19,11 +21,13 @@ class LinearInRate(OnTwins):
     The optimizer steps copies of the parameters once with a large lr: d is the displacement
     over that lr. A large lr keeps the digits of d down to 1e-18 of theta, where theta - lr d
     with a small one would round them away against theta. The first steps that move are taken
-    from the same state at two large rates and at rate 0 besides, and refused if the
-    displacements are not proportional, if rate 0 moves, or if the states differ.
+    from the same state at half that lr, at one that moves theta by about its own length and at 0
+    besides, and refused if the displacements are not proportional, if rate 0 moves, or if the
+    states differ.
     """
 
     RATE = 2.0**60
+    MODERATE = 2.0**10  # at most, so that a decay times it rounds within the bounds of a proof
     PROOFS = 10  # more than one, for optimizers that do something else at every k-th step
 
     def __init__(self, base: Optimizer) -> None:
@@ -33,9 +37,13 @@ class LinearInRate(OnTwins):
     def _propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
         if self._proofs < self.PROOFS and self._prove(ratios):
             self._proofs += 1
-        direction = self._displacement(ratios, self.RATE)
+        return self._rescaled(ratios, self.RATE)
+
+    def _rescaled(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
+        """d, as a step at this rate has it."""
+        direction = self._displacement(ratios, rate)
         if direction:
-            torch._foreach_mul_(list(direction.values()), -1 / self.RATE)
+            torch._foreach_mul_(list(direction.values()), -1 / rate)
         return direction
 
     def _displacement(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
@@ -59,11 +67,15 @@ class LinearInRate(OnTwins):
             moves = any(bool(x.any()) for x in self._displacement(ratios, 0.0).values())
             start.restore()
             random.restore()
-            once = self._displacement(ratios, self.RATE)
+            d = self._rescaled(ratios, self.RATE)
             after = Snapshot(self._base)
-            start.restore()
-            random.restore()
-            twice = self._displacement(ratios, 2 * self.RATE)
+            length = math.sqrt(inner([*d.values()], [*d.values()]))
+            proportional = True
+            for rate, rounding in ((self.RATE / 2, 8), (self._moderate(d, length), 1e3)):
+                start.restore()
+                random.restore()
+                found = self._rescaled(ratios, rate)
+                proportional &= all(_agree(found[p], d[p], p, rounding / rate) for p in d)
             same_state = after.equals(Snapshot(self._base))
         except (TypeError, LookupError, AttributeError) as error:
             raise TypeError(
@@ -79,18 +91,27 @@ class LinearInRate(OnTwins):
             raise TypeError(
                 f"{name} cannot be wrapped: it steps other tensors than those in its param_groups"
             )
-        if not all(bool(torch.isfinite(x).all()) for x in twice.values()):
+        if not math.isfinite(length):
             return False
-        proportional = all(_is_double(twice[p], once[p], p) for p in once)
         if not (proportional and same_state) or moves:
             raise TypeError(
                 f"{name} cannot be wrapped: its step is not linear in lr; give it methods propose, "
                 "move and limit, as optim.direction.Proposer describes"
             )
-        return any(bool(x.any()) for x in once.values())
+        return length > 0
+
+    def _moderate(self, d: dict[Tensor, Tensor], length: float) -> float:
+        """A rate at which d moves the parameters by about their own length."""
+        from_origin = math.sqrt(inner([*d], [*d]))
+        if not (from_origin > 0 and 0 < length < math.inf):
+            return 1.0
+        # By powers of two all digits stay as they are.
+        return min(2.0 ** math.floor(math.log2(from_origin / length)), self.MODERATE)
 
 
-def _is_double(twice: Tensor, once: Tensor, p: Tensor) -> bool:
-    # A displacement is known to the rounding of the parameters that it starts from.
-    eps = torch.finfo(p.dtype).eps
-    return bool((twice - 2 * once).norm() <= eps * (1e3 * twice.norm() + 8 * p.norm()))
+def _agree(found: Tensor, d: Tensor, p: Tensor, rounding: float) -> bool:
+    # In double precision, where squares of a single one overflow.
+    error, size, start = (
+        torch.linalg.vector_norm(x, dtype=torch.float64) for x in (found - d, d, p)
+    )
+    return bool(error <= torch.finfo(p.dtype).eps * (1e3 * size + rounding * start))

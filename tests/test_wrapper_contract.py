@@ -649,6 +649,44 @@ def test_other_steps_are_refused_at_the_first(base: type, message: str, wrapper:
     assert optimizer.iteration == 0
 
 
+class MovesBy(torch.optim.SGD):
+    """Moves each parameter to a function of it, its gradient and lr."""
+
+    def __init__(self, params: Any, moved: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+        super().__init__(params)
+        self.moved = moved
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(self.moved(p, p.grad, group["lr"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("scale", [1e-2, 1.0])
+@pytest.mark.parametrize(
+    "moved",
+    [
+        lambda p, g, lr: p - lr**2 * g,
+        lambda p, g, lr: (p - lr * g) * (1 - 0.1 * lr),
+        lambda p, g, lr: p - lr * g + (2 * lr) ** 0.5 * torch.randn_like(p),
+        lambda p, g, lr: math.exp(-5 * lr) * p - lr * g,
+        lambda p, g, lr: F.softshrink(p - lr * g, 0.5 * lr),
+    ],
+    ids=["squared", "decay of the step", "noise", "exponential decay", "proximal"],
+)
+def test_a_step_that_is_linear_only_at_large_rates_is_refused(
+    moved: Callable[[Tensor, Tensor, float], Tensor], scale: float, dtype: torch.dtype
+) -> None:
+    """Also where squares of the displacements are beyond single precision."""
+    p = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=dtype))
+    optimizer = Rescaled(MovesBy([p], moved))
+    with pytest.raises(TypeError, match="not linear in lr"):
+        optimizer.step(lambda: scale * (p * torch.arange(1, 4, dtype=dtype)).square().sum())
+    assert p.tolist() == [1, -2, 3]
+
+
 class Counts(torch.optim.SGD):
     """Counts its steps in its state, in its groups and in itself."""
 
