@@ -60,8 +60,7 @@ class LinearInRate(OnTwins):
         name = type(self._base).__name__
         start = Snapshot(self._base)
         params = [p for group in self._base.param_groups for p in group["params"]]
-        versions = [p._version for p in params]
-        values = [p.detach().clone() for p in params]
+        kept = [(p, p.data, p.detach().clone()) for p in params]
         random = RandomState()
         try:
             moves = any(bool(x.any()) for x in self._displacement(ratios, 0.0).values())
@@ -85,9 +84,8 @@ class LinearInRate(OnTwins):
         finally:
             start.restore()
             random.restore()
-        if versions != [p._version for p in params]:
-            for p, value in zip(params, values, strict=True):
-                p.copy_(value)
+            written = _put_back(kept)
+        if written:
             raise TypeError(
                 f"{name} cannot be wrapped: it steps other tensors than those in its param_groups"
             )
@@ -107,6 +105,18 @@ class LinearInRate(OnTwins):
             return 1.0
         # By powers of two all digits stay as they are.
         return min(2.0 ** math.floor(math.log2(from_origin / length)), self.MODERATE)
+
+
+def _put_back(kept: list[tuple[Tensor, Tensor, Tensor]]) -> bool:
+    """Give each parameter its own memory and values again; whether any had others."""
+    written = False
+    for p, data, value in kept:
+        # Writes through p.data leave no version to tell them by.
+        if bool(((p != value) & ~value.isnan()).any()):
+            written = True
+            p.data = data
+            p.copy_(value)
+    return written
 
 
 def _agree(found: Tensor, d: Tensor, p: Tensor, rounding: float) -> bool:

@@ -625,6 +625,28 @@ class StepsOthers(torch.optim.SGD):
                 p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
 
 
+class StepsOthersUnseen(StepsOthers):
+    """The same, past autograd, which counts what is written to a tensor."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.own:
+            if p.grad is not None:
+                p.data.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+class StepsElsewhere(StepsOthers):
+    """The same, to other memory, before it fails."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.own:
+            if p.grad is not None:
+                p.data = p.data - self.param_groups[0]["lr"] * p.grad
+        if self.param_groups[0]["lr"] > 1:
+            raise LookupError("after it has stepped")
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [
@@ -636,16 +658,19 @@ class StepsOthers(torch.optim.SGD):
         (NeedsClosure, "cannot step copies .* missing 1 required positional"),
         (KeyedByIdentity, r"cannot step copies .* KeyError"),
         (StepsOthers, "steps other tensors"),
+        (StepsOthersUnseen, "steps other tensors"),
+        (StepsElsewhere, "after it has stepped"),
     ],
 )
 @every_wrapper
 def test_other_steps_are_refused_at_the_first(base: type, message: str, wrapper: str) -> None:
     problem = Problem()
     optimizer = WRAPPERS[wrapper](base(problem.params()))
-    before = problem.snapshot(optimizer)
+    before = problem.snapshot(optimizer), [p.data_ptr() for p in problem.params()]
     with pytest.raises(TypeError, match=message):
         optimizer.step(lambda: problem.losses(0))
-    assert_same(problem.snapshot(optimizer), before)
+    assert_same(problem.snapshot(optimizer), before[0])
+    assert [p.data_ptr() for p in problem.params()] == before[1]
     assert optimizer.iteration == 0
 
 
