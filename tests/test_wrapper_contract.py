@@ -780,6 +780,83 @@ def test_state_anywhere_advances_once_a_step(kind: type, wrapper: str) -> None:
     assert base.counts() == (3, 3, 3)
 
 
+class Coordinates(torch.optim.SGD):
+    """Steps a random half of the coordinates, with one counter and one generator for all."""
+
+    def __init__(self, params: Any, place: str) -> None:
+        super().__init__(params)
+        group = self.param_groups[0]
+        held = SimpleNamespace(count=torch.zeros(()), dice=torch.Generator().manual_seed(3))
+        if place == "attribute":
+            self.held = [held]
+        elif place == "group":
+            group["held"] = {"all": held}
+        else:
+            for p in group["params"]:
+                self.state[p].update(vars(held) if place == "entries" else {"held": held})
+
+    def held_for(self, p: Tensor) -> SimpleNamespace:
+        if hasattr(self, "held"):
+            return self.held[0]
+        if "held" in self.param_groups[0]:
+            return self.param_groups[0]["held"]["all"]
+        entry = self.state[p]
+        return entry["held"] if "held" in entry else SimpleNamespace(**entry)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            held = self.held_for(p)
+            held.count += 1
+            chosen = torch.rand(p.shape, generator=held.dice) < 0.5
+            p.sub_(chosen * p.grad, alpha=self.param_groups[0]["lr"])
+
+
+@every_wrapper
+@pytest.mark.parametrize("place", ["attribute", "group", "state", "entries"])
+def test_what_is_seen_from_several_places_stays_one(place: str, wrapper: str) -> None:
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    base = Coordinates(params, place)
+    held = [base.held_for(p) for p in params]
+    optimizer = WRAPPERS[wrapper](base)
+    for _ in range(3):
+        optimizer.step(lambda: sum((p - 3).pow(4).sum() for p in params))
+        optimizer.look_ahead(lambda: sum((p - 3).pow(4).sum() for p in params))
+    dice = torch.Generator().manual_seed(3)
+    torch.rand(3, 2, 4, generator=dice)
+    for p, first in zip(params, held, strict=True):
+        now = base.held_for(p)
+        assert now.count is first.count is held[0].count
+        assert now.dice is first.dice is held[0].dice
+        assert now.count == 6
+        assert torch.equal(now.dice.get_state(), dice.get_state())
+
+
+@every_wrapper
+@pytest.mark.parametrize("base", [torch.optim.SGD, OwnSGD])
+def test_what_cannot_be_copied_is_left_alone(base: type, wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(2))
+    anchor = torch.tensor([3.0, 4.0])
+    extra = {
+        "module": nn.Linear(2, 2),
+        "lock": threading.Lock(),
+        "numbers": iter([1, 2]),
+        "names": {"a", "b"},
+        "nan": math.nan,
+        "anchor": anchor,
+    }
+    optimizer = WRAPPERS[wrapper](base([{"params": [p], **extra}], lr=0.1, momentum=0.9))
+    closure = lambda: (p * anchor - 3).square().sum()  # noqa: E731
+    optimizer.step(closure)
+    buffer = optimizer.state[p]["momentum_buffer"]
+    optimizer.look_ahead(closure)
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        optimizer.step(lambda: closure() * torch.nan)
+    assert optimizer.state[p]["momentum_buffer"] is buffer
+    assert all(optimizer.param_groups[0][key] is value for key, value in extra.items())
+    assert next(extra["numbers"]) == 1
+
+
 @every_wrapper
 def test_a_periodic_optimizer_is_refused_at_its_period(wrapper: str) -> None:
     p = nn.Parameter(torch.ones(2))
