@@ -57,46 +57,54 @@ class LinearInRate(OnTwins):
 
     def _prove(self, ratios: Sequence[float]) -> bool:
         """Refuse a step that is not linear in lr; false if there was no step to tell from."""
-        name = type(self._base).__name__
-        start = Snapshot(self._base)
+        start, random = Snapshot(self._base), RandomState()
         params = [p for group in self._base.param_groups for p in group["params"]]
         kept = [(p, p.data, p.detach().clone()) for p in params]
-        random = RandomState()
+        linear, length, failure = True, 0.0, None
         try:
-            moves = any(bool(x.any()) for x in self._displacement(ratios, 0.0).values())
-            start.restore()
-            random.restore()
-            d = self._rescaled(ratios, self.RATE)
-            after = Snapshot(self._base)
-            length = math.sqrt(inner([*d.values()], [*d.values()]))
-            proportional = True
-            for rate, rounding in ((self.RATE / 2, 8), (self._moderate(d, length), 1e3)):
-                start.restore()
-                random.restore()
-                found = self._rescaled(ratios, rate)
-                proportional &= all(_agree(found[p], d[p], p, rounding / rate) for p in d)
-            same_state = after.equals(Snapshot(self._base))
-        except (TypeError, LookupError, AttributeError) as error:
-            raise TypeError(
-                f"{name} cannot be wrapped: it cannot step copies of its parameters, given their "
-                f"gradients: {error!r}"
-            ) from error
+            linear, length = self._compare(ratios, start, random)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            failure = error
         finally:
             start.restore()
             random.restore()
             written = _put_back(kept)
+        reason = None
         if written:
-            raise TypeError(
-                f"{name} cannot be wrapped: it steps other tensors than those in its param_groups"
+            reason = "it steps other tensors than those in its param_groups"
+        elif failure is not None:
+            reason = (
+                "it cannot step copies of its parameters, given their gradients and no closure: "
+                f"{failure!r}"
             )
-        if not math.isfinite(length):
-            return False
-        if not (proportional and same_state) or moves:
-            raise TypeError(
-                f"{name} cannot be wrapped: its step is not linear in lr; give it methods propose, "
-                "move and limit, as optim.direction.Proposer describes"
+        elif not linear and math.isfinite(length):
+            reason = (
+                "its step is not linear in lr; give it methods propose, move and limit, as "
+                "optim.direction.Proposer describes"
             )
-        return length > 0
+        if reason is not None:
+            name = type(self._base).__name__
+            raise TypeError(f"{name} cannot be wrapped: {reason}") from failure
+        return 0 < length < math.inf
+
+    def _compare(
+        self, ratios: Sequence[float], start: Snapshot, random: RandomState
+    ) -> tuple[bool, float]:
+        """Whether the next step is linear in lr, as far as one can see, and the length of d."""
+        linear = not any(bool(x.any()) for x in self._displacement(ratios, 0.0).values())
+        start.restore()
+        random.restore()
+        d = self._rescaled(ratios, self.RATE)
+        after = Snapshot(self._base)
+        length = math.sqrt(inner([*d.values()], [*d.values()]))
+        for rate, rounding in ((self.RATE / 2, 8), (self._moderate(d, length), 1e3)):
+            start.restore()
+            random.restore()
+            found = self._rescaled(ratios, rate)
+            linear &= all(_agree(found[p], d[p], p, rounding / rate) for p in d)
+        return linear and after.equals(Snapshot(self._base)), length
 
     def _moderate(self, d: dict[Tensor, Tensor], length: float) -> float:
         """A rate at which d moves the parameters by about their own length."""

@@ -595,6 +595,16 @@ class NeedsClosure(torch.optim.SGD):
         closure()
 
 
+class AssertsClosure(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is not None
+
+
+class RaisesWithoutClosure(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise RuntimeError("requires closure")
+
+
 class KeyedByIdentity(torch.optim.SGD):
     def __init__(self, params: Any) -> None:
         super().__init__(params)
@@ -656,10 +666,12 @@ class StepsElsewhere(StepsOthers):
         (AveragedInItself, "not linear in lr"),
         (FixedDecay, "not linear in lr"),
         (NeedsClosure, "cannot step copies .* missing 1 required positional"),
+        (AssertsClosure, "cannot step copies .* AssertionError"),
+        (RaisesWithoutClosure, "cannot step copies .*requires closure"),
         (KeyedByIdentity, r"cannot step copies .* KeyError"),
         (StepsOthers, "steps other tensors"),
         (StepsOthersUnseen, "steps other tensors"),
-        (StepsElsewhere, "after it has stepped"),
+        (StepsElsewhere, "steps other tensors"),
     ],
 )
 @every_wrapper
@@ -667,8 +679,9 @@ def test_other_steps_are_refused_at_the_first(base: type, message: str, wrapper:
     problem = Problem()
     optimizer = WRAPPERS[wrapper](base(problem.params()))
     before = problem.snapshot(optimizer), [p.data_ptr() for p in problem.params()]
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=message) as refused:
         optimizer.step(lambda: problem.losses(0))
+    assert "cannot step" not in message or refused.value.__cause__ is not None
     assert_same(problem.snapshot(optimizer), before[0])
     assert [p.data_ptr() for p in problem.params()] == before[1]
     assert optimizer.iteration == 0
