@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from curvature import RandomState
 from optim.inner import inner
 from optim.snapshot import Snapshot
-from optim.twins import OnTwins
+from optim.twins import OnTwins, told_apart, twin_of
 
 
 class LinearInRate(OnTwins):
@@ -33,6 +33,7 @@ class LinearInRate(OnTwins):
     def __init__(self, base: Optimizer) -> None:
         super().__init__(base)
         self._proofs = 0
+        self._told: set[str] = set()
 
     def _propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
         if self._proofs < self.PROOFS and self._prove(ratios):
@@ -49,11 +50,16 @@ class LinearInRate(OnTwins):
     def _displacement(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
         """Where the base's next step at this rate leads to, its state advancing: -rate d."""
         grads = self._grads()
-        twins = {p: p.detach().clone() for p in grads}
-        self._step(twins, grads, [rate * ratio for ratio in ratios])
-        if twins:
-            torch._foreach_sub_(list(twins.values()), list(twins))
-        return twins
+        twins = {p: twin_of(p) for p in grads}
+        try:
+            self._step(twins, grads, [rate * ratio for ratio in ratios])
+        finally:
+            if self._proofs < self.PROOFS:
+                self._told |= told_apart(self._base, twins)
+        moved = {p: twin.data for p, twin in twins.items()}
+        if moved:
+            torch._foreach_sub_(list(moved.values()), list(moved))
+        return moved
 
     def _prove(self, ratios: Sequence[float]) -> bool:
         """Refuse a step that is not linear in lr; false if there was no step to tell from."""
@@ -61,6 +67,7 @@ class LinearInRate(OnTwins):
         params = [p for group in self._base.param_groups for p in group["params"]]
         kept = [(p, p.data, p.detach().clone()) for p in params]
         linear, length, failure = True, 0.0, None
+        self._told.clear()
         try:
             linear, length = self._compare(ratios, start, random)
         except torch.cuda.OutOfMemoryError:
@@ -74,6 +81,12 @@ class LinearInRate(OnTwins):
         reason = None
         if written:
             reason = "it steps other tensors than those in its param_groups"
+        elif self._told:
+            reason = (
+                f"it keeps something for its parameters in {' and '.join(sorted(self._told))}, and "
+                "is made to step copies of them; keep it in param_groups, or in state by the "
+                "parameter"
+            )
         elif failure is not None:
             reason = (
                 "it cannot step copies of its parameters, given their gradients and no closure: "

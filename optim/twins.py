@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from optim.global_hooks import global_hooks_off
+from optim.sharded import local
 
 
 class OnTwins(ABC):
@@ -78,3 +82,41 @@ class OnTwins(ABC):
                 twin.requires_grad_(False).grad = None
                 if twin in state:
                     state[p] = state.pop(twin)
+
+
+def twin_of(p: Tensor) -> Tensor:
+    """A copy that a base takes for the parameter: of its class, with its attributes."""
+    twin = p.detach().clone()
+    if type(twin) is not type(p):
+        twin = twin.as_subclass(type(p))
+    for name, value in vars(p).items():
+        vars(twin).setdefault(name, value)
+    return twin
+
+
+def told_apart(base: Optimizer, twins: Mapping[Tensor, Tensor]) -> set[str]:
+    """Where the base keeps for a parameter what its twin does not find, or keep."""
+    tensors = [*twins, *twins.values()]
+    names = {*map(id, tensors), *(local(t).data_ptr() for t in tensors if t.numel())}
+    state: Mapping[Any, Any] = base.state
+    others = {k: v for k, v in vars(base).items() if k not in ("state", "param_groups")}
+    found = {f"its attribute {k!r}" for k, v in others.items() if _is_keyed(v, names)}
+    if any(isinstance(key, int) and key in names for key in state):
+        found.add("its state by a number")
+    for p, twin in twins.items():
+        here, there = vars(p), vars(twin)
+        # A subclass may hold its values as attributes.
+        for name in () if hasattr(p, "__tensor_flatten__") else there:
+            if name not in here or here[name] is not there[name]:
+                found.add(f"their attribute {name!r}")
+    return found
+
+
+def _is_keyed(value: Any, names: AbstractSet[int]) -> bool:
+    keys = value if isinstance(value, (Mapping, AbstractSet)) else ()
+    if any(id(key) in names or (isinstance(key, int) and key in names) for key in keys):
+        return True
+    entries = value.values() if isinstance(value, Mapping) else value
+    return isinstance(value, (Mapping, list, tuple, deque)) and any(
+        _is_keyed(entry, names) for entry in entries
+    )

@@ -668,7 +668,7 @@ class StepsElsewhere(StepsOthers):
         (NeedsClosure, "cannot step copies .* missing 1 required positional"),
         (AssertsClosure, "cannot step copies .* AssertionError"),
         (RaisesWithoutClosure, "cannot step copies .*requires closure"),
-        (KeyedByIdentity, r"cannot step copies .* KeyError"),
+        (KeyedByIdentity, "in its attribute 'scales', and is made to step copies"),
         (StepsOthers, "steps other tensors"),
         (StepsOthersUnseen, "steps other tensors"),
         (StepsElsewhere, "steps other tensors"),
@@ -723,6 +723,68 @@ def test_a_step_that_is_linear_only_at_large_rates_is_refused(
     with pytest.raises(TypeError, match="not linear in lr"):
         optimizer.step(lambda: scale * (p * torch.arange(1, 4, dtype=dtype)).square().sum())
     assert p.tolist() == [1, -2, 3]
+
+
+class Keeps(torch.optim.SGD):
+    """Momentum somewhere else than in its state by the parameter."""
+
+    def __init__(self, params: Any, buffer: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__(params)
+        self.held: dict[Any, Any] = {"by shape": [{}]}
+        self.buffer = buffer
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            buffer = self.buffer(self, p)
+            p.sub_(buffer.mul_(0.9).add_(p.grad), alpha=self.param_groups[0]["lr"])
+
+
+@every_wrapper
+@pytest.mark.parametrize(
+    ("buffer", "where"),
+    [
+        (lambda base, p: base.held.setdefault(p, torch.zeros(2)), "its attribute 'held'"),
+        (
+            lambda base, p: base.held["by shape"][0].setdefault(id(p), torch.zeros(2)),
+            "its attribute 'held'",
+        ),
+        (
+            lambda base, p: base.state[p.data_ptr()].setdefault("m", torch.zeros(2)),
+            "its state by a number",
+        ),
+        (lambda base, p: vars(p).setdefault("buffer", torch.zeros(2)), "their attribute 'buffer'"),
+    ],
+)
+def test_what_a_copy_does_not_find_is_named(buffer: Any, where: str, wrapper: str) -> None:
+    p = nn.Parameter(torch.ones(2))
+    base = Keeps([p], buffer)
+    optimizer = WRAPPERS[wrapper](base)
+    with pytest.raises(TypeError, match=f"keeps something for its parameters in {where}"):
+        optimizer.step(lambda: (p - 3).square().sum())
+    assert p.tolist() == [1, 1]
+    assert not vars(p)
+    assert base.held == {"by shape": [{}]}
+    assert not base.state
+
+
+class ScaledByAttribute(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if type(p) is nn.Parameter:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"] * getattr(p, "scale", 1.0))
+
+
+@every_wrapper
+def test_a_base_may_ask_parameters_for_their_class_and_attributes(wrapper: str) -> None:
+    a, b = (nn.Parameter(torch.ones(2, dtype=F64)) for _ in range(2))
+    b.scale = 0.25
+    optimizer = WRAPPERS[wrapper](ScaledByAttribute([a, b]))
+    optimizer.step(lambda: (a - 3).square().sum() + (b - 3).square().sum())
+    assert optimizer.records[0].slope == pytest.approx(32 + 0.25 * 32)
+    torch.testing.assert_close(b - 1, 0.25 * (a - 1))
+    assert vars(b) == {"scale": 0.25}
 
 
 class Counts(torch.optim.SGD):
