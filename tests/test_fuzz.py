@@ -345,9 +345,11 @@ class Machine(RuleBasedStateMachine):
             assert found.step == 0
             if found.skipped == BAD_PROBE:
                 own["rule_state"] = optimizer.stepper.rule.after_bad_probe(own["rule_state"])
+                own["length"] = optimizer.stepper.length  # to the next probe
             twin = self.twin.optimizer
             twin.iteration, twin.skipped = own["iteration"], own["skipped"]
             twin.stepper.rule_state = dict(own["rule_state"])
+            twin.stepper.length = own["length"]
         assert_identical(self.run.state(), before)
 
     @rule()
