@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from curvature.calls import module_calls
+from curvature.differentiable import PlainFormulas, otherwise
 from curvature.origin import Origins
 from curvature.saved import Saved
 
@@ -61,6 +62,7 @@ class Forward:
         self.saved = Saved() if freeing else None
         self.products: dict[Node, Product] = {}
         self._changes: list[str] = []
+        self._repeats = False
 
     @property
     def hooks_interfere(self) -> bool:
@@ -77,12 +79,19 @@ class Forward:
         ):
             yield
 
+    def evaluated_again(self) -> AbstractContextManager[Any]:
+        """Around what may evaluate parts of the forward pass again, as checkpointing does."""
+        return PlainFormulas() if self._repeats else nullcontext()
+
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a torch function, and note what is of use."""
         if func is Tensor.register_hook:
             return self._register_hook(*args, **kwargs)
         self.origins.call(func)
-        result = func(*args, **kwargs)
+        other = otherwise(func, args, kwargs)
+        # Of weight_norm PyTorch's own node saves the same.
+        self._repeats = self._repeats or (other is not None and func is not torch._weight_norm)
+        result = (other or func)(*args, **kwargs)
         self.origins.returned()
         if func in _MULTIPLYING and len(args) >= 2:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")

@@ -46,8 +46,8 @@ class Tape:
 
     Args:
         engine: ``"auto"``, or ``"reference"`` for double backward through the whole graph. The
-            latter needs attention's math kernel and weight normalisation's plain formula, and
-            chooses them inside the block. With PyTorch older than 2.5 ``"auto"`` is the reference.
+            latter needs attention's math kernel, and chooses it inside the block. With PyTorch
+            older than 2.5 ``"auto"`` is the reference.
         low_memory: keep no cotangents, give large blocks back to the system at once, and free
             the graph during the first :meth:`directional`, so that it answers once. Curvature
             then takes a second-order tangent pass and up to 0.8 gradients more; a Hessian-vector
@@ -342,6 +342,7 @@ class Tape:
             self._reevaluation.compared(),
             derivative_mode(losses.device),
             self._variants(),
+            nullcontext() if self._forward is None else self._forward.evaluated_again(),
         ):
             yield
 

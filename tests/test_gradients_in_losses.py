@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
-from curvature import NotTwiceDifferentiable, directional, hvp
+from curvature import NotTwiceDifferentiable, Objective, Tape, directional, hvp
 from curvature.testing import check_directional
 
 F64 = torch.float64
@@ -157,3 +158,76 @@ def test_a_step_of_gradient_descent_through_batch_norm() -> None:
         return inner({k: t - 0.1 * g for (k, t), g in zip(p.items(), gradients, strict=True)})
 
     check_directional(outer, params, {k: torch.randn_like(t) for k, t in params.items()}, step=0.02)
+
+
+def of_a_step(inner: Callable[[list[Tensor]], Tensor]) -> Callable[[list[Tensor]], Tensor]:
+    """The loss after a step of gradient descent."""
+
+    def outer(params: list[Tensor]) -> Tensor:
+        params = [p * 1 for p in params]
+        gradients = torch.autograd.grad(inner(params).sum(), params, create_graph=True)
+        return inner([p - 0.1 * g for p, g in zip(params, gradients, strict=True)])
+
+    return outer
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_a_step_of_gradient_descent_through_weight_norm(dim: int, engine: str) -> None:
+    x = torch.randn(5, 4, dtype=F64)
+    v = torch.randn(3, 4, dtype=F64)
+    params = [v, 2 * torch.norm_except_dim(v, 2, dim)]
+
+    def loss(params: list[Tensor]) -> Tensor:
+        return (x @ torch._weight_norm(*params, dim).T).sin().square().sum(1)
+
+    func, direction = of_a_step(loss), [torch.randn_like(p) for p in params]
+    check_directional(func, params, direction, engine=engine, step=0.02)
+    for p in params:
+        p.requires_grad_()
+    with Tape(engine=engine) as tape:
+        losses = func(params)
+    gradient = tape.backward(losses, params)
+    slope = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
+    torch.testing.assert_close(slope, tape.directional(direction).slope)
+
+
+@pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"engine": "reference"}])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_weight_norm_under_checkpointing(checkpointed: bool, options: dict[str, Any]) -> None:
+    layers = [nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(2)]
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1]).to(F64)
+    x, params = torch.randn(5, 4, dtype=F64), dict(model.named_parameters())
+    v = {name: torch.randn_like(p) for name, p in params.items()}
+    with Tape(**options) as tape:
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        losses = y.square().sum(1)
+    tape.backward(losses, params)
+    found = tape.directional(v, per_sample=True)
+    J = Objective(model, lambda y, _: y.square().sum(1), (x, None))
+    exact = directional(J, params, v, per_sample=True, engine="reference")
+    assert found.per_sample is not None
+    assert exact.per_sample is not None
+    assert_close(found.per_sample.curvature, exact.per_sample.curvature)
+
+
+@fast_only
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x, b: F.layer_norm(x, (4,), None, b),
+        lambda x, b: F.batch_norm(x, None, None, None, b, True),
+        lambda x, b: F.batch_norm(x, torch.zeros(4).to(x), torch.ones(4).to(x), bias=b),
+    ],
+    ids=["layer", "batch", "batch, evaluating"],
+)
+def test_a_gradient_in_a_bias_without_a_weight(norm: Norm) -> None:
+    x, b = torch.randn(5, 4, dtype=F64), torch.randn(4, dtype=F64)
+
+    def losses(params: list[Tensor]) -> Tensor:
+        b = params[0] * 1
+        inner = norm(x.sin() * params[1], b).sin().square().sum()
+        return torch.autograd.grad(inner, b, create_graph=True)[0].square().sum()
+
+    params = [b, torch.rand(4, dtype=F64) + 0.5]
+    check_directional(losses, params, [torch.randn_like(p) for p in params], step=0.02)

@@ -11,6 +11,7 @@ FLOORS = {
         {"arguments"},
         {
             "calls",
+            "differentiable",
             "errors",
             "hooked",
             "losses",
@@ -21,7 +22,6 @@ FLOORS = {
             "uncompiled",
         },
         {
-            "differentiable",
             "audit",
             "contributions",
             "forward",

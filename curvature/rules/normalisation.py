@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.differentiable import WeightNorm
 from curvature.graph import Call, Tensors
 from curvature.rules.normalised import (
     BatchNormalised,
@@ -17,7 +18,7 @@ from curvature.rules.normalised import (
     channels,
 )
 from curvature.rules.rule import Rule, add
-from curvature.rules.table import General, general, register
+from curvature.rules.table import General, register
 
 
 class _Normalisation(Rule):
@@ -156,12 +157,12 @@ register("NativeBatchNormBackward0", _BatchNorm(BatchNormalised))
 register("NativeGroupNormBackward0", _GroupNorm(GroupNormalised))
 
 
-@general("WeightNormInterfaceBackward0")
 def _weight_norm(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor] | Tensor:
     """y = v s with s = g / n and n = ‖v‖; n n' = <v, v'>, n n'' = <v', v'> - n'², s n = g."""
     v, g = dots
-    n, value = call.result1, call.v
-    s = call.g / n
+    fused = call.function is None
+    scale, value, n = (call.g, call.v, call.result1) if fused else call.saved_tensors
+    s = scale / n
     dims = [k for k in range(value.ndim) if k != call.dim % value.ndim]
     n1 = torch.zeros_like(n) if v is None else (value * v).sum(dims, True) / n
     s1 = (-s * n1 if g is None else g - s * n1) / n
@@ -171,3 +172,7 @@ def _weight_norm(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor]
     n2 = torch.zeros_like(n) if v is None else ((v * v).sum(dims, True) - n1 * n1) / n
     s2 = -(2 * s1 * n1 + s * n2) / n
     return out, value * s2 if v is None else value * s2 + 2 * v * s1
+
+
+register("WeightNormInterfaceBackward0", General(_weight_norm))
+register(WeightNorm, General(_weight_norm))
