@@ -231,3 +231,54 @@ def test_a_gradient_in_a_bias_without_a_weight(norm: Norm) -> None:
 
     params = [b, torch.rand(4, dtype=F64) + 0.5]
     check_directional(losses, params, [torch.randn_like(p) for p in params], step=0.02)
+
+
+def ahead(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A loss made of a forward-mode derivative, as of the matrix in which it is taken."""
+
+    def losses(x: Tensor) -> Tensor:
+        _, dot = torch.func.jvp(function, (x.sin(),), (torch.ones_like(x),))
+        return dot.square().sum()
+
+    return losses
+
+
+# PyTorch compiles some formulas of its forward mode, at first use.
+compiling = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+
+@compiling
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.layer_norm(x, (3,)),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: F.instance_norm(x[None]),
+        lambda x: F.group_norm(x, 3),
+        lambda x: torch.linalg.solve(x, x.T),
+        torch.linalg.det,
+        lambda x: x.slogdet()[1],
+        lambda x: torch.linalg.householder_product(x, x[0]),
+    ],
+    ids=["layer", "batch", "instance", "group", "solve", "det", "slogdet", "householder"],
+)
+def test_forward_mode_whose_gradient_is_wrong(
+    function: Callable[[Tensor], Tensor], engine: str
+) -> None:
+    x, v = torch.randn(2, 3, 3, dtype=F64)
+    with pytest.raises(NotTwiceDifferentiable, match=r"forward-mode .* take it in reverse mode"):
+        directional(ahead(function), x, v, engine=engine)
+    with pytest.raises(NotTwiceDifferentiable, match="forward-mode"):
+        directional(lambda x: torch.func.hessian(lambda x: function(x).sum())(x).sum(), x, v)
+    with torch.no_grad():
+        expected = ahead(function)(x)
+    with Tape(engine=engine), torch.no_grad():
+        assert ahead(function)(x) == expected
+
+
+@compiling
+@pytest.mark.parametrize("function", [torch.inverse, torch.matrix_exp, torch.tanh])
+def test_forward_mode_whose_gradient_is_right(function: Callable[[Tensor], Tensor]) -> None:
+    x, v = torch.randn(2, 3, 3, dtype=F64)
+    check_directional(ahead(lambda x: function(x + 3 * torch.eye(3).to(x))), x, v, step=0.02)

@@ -8,11 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "curvature": [
-        {"arguments"},
+        {"arguments", "errors"},
         {
             "calls",
             "differentiable",
-            "errors",
             "hooked",
             "losses",
             "objective",
