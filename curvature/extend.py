@@ -8,7 +8,7 @@ from typing import Any
 from torch._library.custom_ops import CustomOpDef
 
 from curvature.arguments import check_callable
-from curvature.rules.table import General, Linear, register
+from curvature.rules.table import General, Key, Linear, register
 
 
 def register_rule(
@@ -67,9 +67,9 @@ def register_rule(
     register(_key(operation), General(push) if push is not None else Linear(tangent))  # type: ignore[arg-type]
 
 
-def _key(operation: Any) -> str | type:
+def _key(operation: Any) -> Key:
     if isinstance(operation, CustomOpDef):
-        return f"GeneratedBackwardFor_{operation._qualname.replace('::', '_')}_defaultBackward"
+        return operation._opoverload
     if (isinstance(operation, str) and operation) or (
         isinstance(operation, type) and hasattr(operation, "apply")
     ):

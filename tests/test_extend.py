@@ -104,6 +104,33 @@ def test_a_rule_for_a_custom_operator() -> None:
     check_rule(lambda x: scaled_exp(2.0, x), x)
 
 
+def test_custom_operators_whose_names_look_alike() -> None:
+    def cube(name: str) -> Any:
+        def forward(xs: list[Tensor]) -> Tensor:
+            return xs[0] ** 3
+
+        def backward(ctx: Any, g: Tensor) -> list[Tensor]:
+            return [3 * ctx.saved_tensors[0] ** 2 * g]
+
+        operator = torch.library.custom_op(name, forward, mutates_args=())
+        operator.register_autograd(
+            backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0])
+        )
+        return operator
+
+    def push(call: Any, dots: Any, bend: bool) -> Any:
+        (x,), (dot,) = call.saved_tensors, dots
+        out = 3 * x**2 * dot
+        return (out, 6 * x * dot**2) if bend else out
+
+    ruled, other = cube("curvature_tests_a::b"), cube("curvature_tests::a_b")
+    curvature.register_rule(ruled, push)
+    x = torch.randn(3, dtype=F64)
+    assert directional(lambda x: ruled([x]).sum(), x, x).engine == "tangent"
+    assert "double backward" in directional(lambda x: other([x]).sum(), x, x).engine
+    check_rule(lambda x: ruled([x]), x)
+
+
 def test_a_linear_rule() -> None:
     class Double(torch.autograd.Function):
         @staticmethod

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import EllipsisType
+from types import EllipsisType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from curvature.graph import Call, Tensors
 from curvature.rules.rule import IN_CACHE, Rule, real_dot
@@ -151,11 +152,13 @@ def _as_tuple(value: Any) -> Tensors:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-_TABLE: dict[str | type, Rule] = {}
+Key = str | type | OpOverload
+
+_TABLE: dict[Key, Rule] = {}
 
 
-def register(name: str | type, rule: Rule) -> None:
-    """Let ``rule`` serve the calls of this name, or of this class of Python functions.
+def register(name: Key, rule: Rule) -> None:
+    """Let ``rule`` serve the calls of this name, class of Python functions, or custom operator.
 
     Raises:
         ValueError: there is a rule for it already.
@@ -199,9 +202,23 @@ def _registering(
 def find(call: Call) -> Rule | None:
     """The rule for a call, if there is one."""
     function = call.function
-    return _TABLE.get(call.name if function is None else function) or _TABLE.get(call.name)
+    rule = None if function is None else _TABLE.get(_operator(function) or function)
+    return rule or _TABLE.get(call.name)
 
 
-def registered() -> list[str | type]:
-    """The names and classes that have a rule."""
+def _operator(function: Any) -> OpOverload | None:
+    """The custom operator that a class of Python functions was made for."""
+    # Its name does not tell a_b::c from a::b_c.
+    waiting = [function.forward] if function.__name__.startswith("GeneratedBackwardFor_") else []
+    while waiting:
+        for cell in waiting.pop().__closure__ or ():
+            if isinstance(cell.cell_contents, OpOverload):
+                return cell.cell_contents
+            if isinstance(cell.cell_contents, FunctionType):
+                waiting.append(cell.cell_contents)
+    return None
+
+
+def registered() -> list[Key]:
+    """What has a rule."""
     return list(_TABLE)
