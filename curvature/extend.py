@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from curvature.arguments import check_callable
+from curvature.graph import Call, Tensors
 from curvature.rules.table import General, Key, Linear, register
 
 
@@ -27,7 +29,8 @@ def register_rule(
             ``torch.library.custom_op``, or the name of autograd's node ("AddmmBackward0").
         push: ``push(call, dots, bend)`` gives J xdot, or with ``bend`` the pair of J xdot and
             D²F[xdot, xdot]. ``dots`` are the tangents of the inputs that are tensors, None for
-            one that does not move; an operation with several outputs gives tuples. ``call``
+            one that does not move; an operation with several outputs gives tuples, in which None
+            stands for zero. ``call``
             holds what the forward pass saved: ``call.saved_tensors``, ``call.name_on_ctx``.
             Written with operations that autograd differentiates (nothing in place on what it
             still needs), it serves Hessian-vector products too.
@@ -63,8 +66,12 @@ def register_rule(
     """
     if (push is None) == (tangent is None):
         raise TypeError("give either push or tangent")
-    check_callable("push" if tangent is None else "tangent", push if tangent is None else tangent)
-    register(_key(operation), General(push) if push is not None else Linear(tangent))  # type: ignore[arg-type]
+    if push is not None:
+        check_callable("push", push)
+        register(_key(operation), General(_checked_push(push)))
+    else:
+        check_callable("tangent", tangent)
+        register(_key(operation), Linear(_checked_tangent(tangent)))  # type: ignore[arg-type]
 
 
 def _key(operation: Any) -> Key:
@@ -78,3 +85,53 @@ def _key(operation: Any) -> Key:
         f"operation is {operation!r}; it must be a subclass of torch.autograd.Function, an "
         "operator made by torch.library.custom_op, or the name of an autograd node"
     )
+
+
+def _checked_push(push: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(call: Call, dots: Tensors, bend: bool) -> Any:
+        result = push(call, _copies(dots), bend)
+        if not bend:
+            return _fitting(call, result)
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise ValueError(
+                f"with bend the rule for {call.name} gives {_described(result)}; it must give the "
+                "pair of J xdot and D²F[xdot, xdot]"
+            )
+        return _fitting(call, result[0]), _fitting(call, result[1])
+
+    return checked
+
+
+def _checked_tangent(tangent: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda call, *dots: _fitting(call, tangent(call, *_copies(dots)))
+
+
+def _copies(dots: Tensors) -> Tensors:
+    # A rule may write to them, and they may be the caller's direction.
+    return tuple(None if dot is None else dot.clone() for dot in dots)
+
+
+def _fitting(call: Call, result: Any) -> Tensors:
+    """What a rule gives for the outputs, each None or in the shape of its output."""
+    n = len(call.outputs)
+    outputs = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+    if result is None:
+        outputs = (None,) * n
+    shapes = [tuple(call.shape(k)) for k in range(n)]
+    if len(outputs) != n or not all(
+        y is None or (isinstance(y, Tensor) and y.shape == shape)
+        for y, shape in zip(outputs, shapes, strict=True)
+    ):
+        raise ValueError(
+            f"the rule for {call.name} gives {_described(result)}; it must give None or a tensor "
+            f"for each output, of shape {', '.join(map(str, shapes))}"
+        )
+    return outputs
+
+
+def _described(result: Any) -> str:
+    if isinstance(result, (tuple, list)):
+        return f"({', '.join(map(_described, result))})"
+    if isinstance(result, Tensor):
+        return f"a tensor of shape {tuple(result.shape)}"
+    return "None" if result is None else f"a {type(result).__name__}"

@@ -163,6 +163,77 @@ def test_arguments_that_are_no_tensors_come_first() -> None:
     check_rule(lambda x, y: Shifted.apply(2, x, "name", y), *inputs())
 
 
+class Cube(torch.autograd.Function):
+    """The cube, and a copy of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        return x**3, x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * g + h
+
+
+def cube(x: Tensor) -> Tensor:
+    first, second = Cube.apply(x)
+    return first * second
+
+
+@pytest.mark.parametrize(
+    ("give", "message"),
+    [
+        (lambda y, dot: y, r"CubeBackward gives a tensor of shape \(3,\); .* shape \(3,\), \(3,\)"),
+        (lambda y, dot: (y, None, dot), r"gives \(a tensor of shape \(3,\), None, a tensor"),
+        (lambda y, dot: (y, dot.mean()), r"gives \(a tensor .*, a tensor of shape \(\)\)"),
+        (lambda y, dot: (y[None], dot), r"gives \(a tensor of shape \(1, 3\), a tensor"),
+        (lambda y, dot: (y, 1.0), r"gives \(a tensor of shape \(3,\), a float\)"),
+    ],
+)
+def test_what_a_rule_gives_has_the_shapes_of_the_outputs(give: Any, message: str) -> None:
+    def push(call: Any, dots: Any, bend: bool) -> Any:
+        (x,), (dot,) = call.saved_tensors, dots
+        y = give(3 * x**2 * dot, dot)
+        return (y, (6 * x * dot**2, None)) if bend else y
+
+    curvature.register_rule(Cube, push)
+    x = torch.randn(3, dtype=F64)
+    with pytest.raises(ValueError, match=message):
+        directional(lambda x: cube(x).sum(), x, x)
+    with pytest.raises(ValueError, match=message):
+        directional(cube, x, x, per_sample=True)
+
+
+def test_a_rule_that_forgets_the_bend() -> None:
+    curvature.register_rule(Cube, lambda call, dots, bend: 3 * call.saved_tensors[0] ** 2 * dots[0])
+    x = torch.randn(2, dtype=F64)
+    with pytest.raises(ValueError, match=r"with bend the rule .* must give the pair of J xdot and"):
+        directional(lambda x: cube(x).sum(), x, x)
+
+
+def test_a_linear_rule_of_a_wrong_shape() -> None:
+    curvature.register_rule(Cube, tangent=lambda call, dot: dot)
+    x = torch.randn(3, dtype=F64)
+    with pytest.raises(ValueError, match="the rule for CubeBackward gives a tensor"):
+        directional(lambda x: cube(x).sum(), x, x)
+
+
+def test_a_rule_that_writes_to_its_tangents() -> None:
+    def push(call: Any, dots: Any, bend: bool) -> Any:
+        (x,), (dot,) = call.saved_tensors, dots
+        square, copy = dot**2, dot.clone()
+        out = dot.mul_(3 * x**2), copy
+        return (out, (6 * x * square, None)) if bend else out
+
+    curvature.register_rule(Cube, push)
+    x, v = torch.randn(2, 3, dtype=F64)
+    before = v.clone()
+    found = directional(lambda x: cube(x).sum(), x, v).curvature
+    assert v.equal(before)
+    torch.testing.assert_close(found, (12 * x**2 * v**2).sum())
+
+
 def test_bad_registrations() -> None:
     with pytest.raises(TypeError, match="give either push or tangent"):
         curvature.register_rule(Power)
