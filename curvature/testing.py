@@ -3,92 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from curvature.along import Along
-from curvature.arguments import check_callable, number
+from curvature.arguments import check_callable
+from curvature.differences import finite_difference
 from curvature.directional import directional
 from curvature.hvp import hvp
-from curvature.quadratic import Quadratic
-from curvature.trees import flatten_direction, flatten_params
 
 __all__ = ["check_directional", "check_rule", "finite_difference"]
 
-_RATIO = 1.5
-_LEVELS = 8
-_ROUNDING = 16 * 2.0**-53  # of a loss, relative; a sum over a network adds up a few roundings
+_EXACT = 1e-9  # relative, of what float64 computes to rounding
+_SINGLE = 1e-3  # of what float32 does
 
-
-def finite_difference(
-    func: Callable[[Any], Tensor], params: Any, direction: Any, *, step: float = 0.1
-) -> tuple[Quadratic, Quadratic]:
-    """Slope and curvature along a direction by extrapolated central differences.
-
-    ``(J(+t) - J(-t)) / 2t`` and ``(J(+t) - 2 J(0) + J(-t)) / t²`` for t = step, step/1.5, ...,
-    extrapolated to t = 0 by Neville's scheme in t² (Ridders' method): it also estimates its own
-    error. Forward passes only; the result owes nothing to automatic differentiation.
-
-    Args:
-        func: ``func(params)`` returns a scalar loss or one per sample.
-        params: any pytree of float64 tensors; float32 has too few digits for this.
-        direction: pytree like params.
-        step: the largest ‖t v‖. The loss must be smooth over it: near a kink (ReLU) take it
-            smaller.
-
-    Returns:
-        ``(estimate, error)``: two :class:`Quadratic`, float64, ``per_sample`` filled if the loss
-        is a vector; ``error`` holds an estimate of the error of each number.
-
-    Raises:
-        TypeError, ValueError: as :func:`curvature.directional`; also for params not in float64.
-
-    Example:
-        >>> import torch
-        >>> x = torch.tensor([0.3, 0.4], dtype=torch.float64)
-        >>> estimate, error = finite_difference(lambda x: torch.exp(x).sum(), x, torch.ones_like(x))
-        >>> bool((estimate.curvature - torch.exp(x).sum()).abs() < 1e-9)
-        True
-    """
-    check_callable("func", func)
-    if not 0 < number("step", step) < math.inf:
-        raise ValueError(f"step is {step}; it must be finite and positive")
-    flat = flatten_params(params)
-    leaves = flatten_direction(direction, flat)
-    for k, leaf in enumerate(flat.leaves):
-        if leaf.dtype != torch.float64:
-            name = flat.name(k)
-            raise TypeError(f"{name} has dtype {leaf.dtype}; finite differences need float64")
-    length = float(torch.stack([v.square().sum() for v in leaves]).sum().sqrt())
-    if length == 0:
-        raise ValueError("direction is zero: there is no line to take differences along")
-
-    losses_at = Along(func, flat, leaves)
-
-    def mean_and_samples(t: float) -> NDArray[np.float64]:
-        losses = losses_at(t).double().cpu()
-        return torch.cat([losses.mean().reshape(1), losses.reshape(-1)]).numpy()
-
-    center = mean_and_samples(0.0)
-    slopes, curvatures = [], []
-    steps = step / length / _RATIO ** np.arange(_LEVELS)
-    for t in steps:
-        up, down = mean_and_samples(t), mean_and_samples(-t)
-        slopes.append((up - down) / (2 * t))
-        curvatures.append(((up - center) - (center - down)) / t**2)
-    rounding = _ROUNDING * np.abs(center)
-    slope, slope_error = _extrapolate(slopes, [rounding / t for t in steps])
-    curvature, curvature_error = _extrapolate(curvatures, [4 * rounding / t**2 for t in steps])
-    return (
-        _split(center, slope, curvature),
-        _split(np.zeros_like(center), slope_error, curvature_error),
-    )
+_Params = dict[int, Tensor]
 
 
 def check_directional(
@@ -134,21 +65,23 @@ def check_rule(func: Callable[..., Any], *inputs: Tensor, rtol: float = 1e-6) ->
     """Assert that an operation's rule agrees with finite differences, whichever inputs move.
 
     Every non-empty choice of moving inputs is tried, along a random direction: the tangent pass
-    and the jets by :func:`check_directional`, and the Hessian-vector product by its symmetry,
-    <w, H v> = <v, H w>, and by <v, H v>.
+    and the jets by :func:`check_directional`, and to nine digits these and the Hessian-vector
+    product against the gradient and differences of it. All is computed twice, and in float32 too
+    where func takes inputs of it.
 
     Args:
-        func: calls the operation; gives a tensor, or a tuple of tensors.
+        func: calls the operation; gives a tensor, or a tuple or list of tensors.
         inputs: float64 tensors, at a point around which the operation is smooth.
-        rtol: relative tolerance.
+        rtol: relative tolerance of the differences of func itself.
 
     Raises:
-        AssertionError: they disagree; the message names the inputs that moved.
+        AssertionError: they disagree, or no rule served the operation; the message names the
+            inputs that moved.
         TypeError, ValueError: as :func:`check_directional`.
 
     Example:
         >>> import torch
-        >>> check_rule(torch.atan2, torch.rand(3).double() + 1, torch.rand(3).double() + 1)
+        >>> check_rule(torch.div, torch.rand(3).double() + 1, torch.rand(3).double() + 1)
     """
     check_callable("func", func)
     if not inputs:
@@ -158,6 +91,8 @@ def check_rule(func: Callable[..., Any], *inputs: Tensor, rtol: float = 1e-6) ->
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"input {i} is a {kind}; finite differences need float64 tensors")
     generator = torch.Generator().manual_seed(0)
+    single = [x.float() for x in inputs]
+    takes_single = _takes(func, single)
 
     def random(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
@@ -166,36 +101,111 @@ def check_rule(func: Callable[..., Any], *inputs: Tensor, rtol: float = 1e-6) ->
         params = {i: torch.zeros_like(x) for i, x in enumerate(inputs) if moving[i]}
         if not params:
             continue
-
-        def losses(params: dict[int, Tensor]) -> Tensor:
-            # Bent before and after, so that second derivatives pass through the operation.
-            bent = [
-                x + params[i] + params[i] ** 2 / 5 if i in params else x
-                for i, x in enumerate(inputs)
-            ]
-            outputs = func(*bent)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            flat = torch.cat([y.reshape(-1) for y in outputs])
-            weights = torch.linspace(0.5, 1.5, flat.numel(), dtype=flat.dtype, device=flat.device)
-            return flat * weights + flat.square() / 3
-
         v, w = ({i: random(p) for i, p in params.items()} for _ in range(2))
+        losses = _bent(func, inputs)
         try:
+            engine = directional(losses, params, v).engine
+            if engine != "tangent":
+                raise AssertionError(
+                    f"no rule serves func, or a part of it: register one for what the engine "
+                    f"names, which is {engine!r}"
+                )
             check_directional(losses, params, v, rtol=rtol)
-            hv, hw = hvp(losses, params, v), hvp(losses, params, w)
-            curvature = directional(losses, params, v).curvature
-            _check_equal("<v, H v>", _inner(v, hv), curvature, rtol)
-            _check_equal("<w, H v>", _inner(w, hv), _inner(v, hw), rtol)
+            _check_digits(losses, params, v, w)
+            if takes_single:
+                _check_single(losses, _bent(func, single), params, v)
         except AssertionError as error:
             raise AssertionError(f"with inputs {sorted(params)} moving: {error}") from error
 
 
-def _inner(left: dict[int, Tensor], right: dict[int, Tensor]) -> Tensor:
+def _bent(func: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[_Params], Tensor]:
+    """A loss per entry, bent before and after, so that second derivatives pass through func."""
+
+    def losses(params: _Params) -> Tensor:
+        bent = [
+            x + params[i] + params[i] ** 2 / 5 if i in params else x for i, x in enumerate(inputs)
+        ]
+        outputs = func(*bent)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        for y in outputs:
+            if not isinstance(y, Tensor):
+                raise TypeError(
+                    f"func gives a {type(y).__name__}; it must give a tensor, or a tuple or list "
+                    "of tensors"
+                )
+        flat = torch.cat([y.reshape(-1) for y in outputs])
+        weights = torch.linspace(0.5, 1.5, flat.numel(), dtype=flat.dtype, device=flat.device)
+        return flat * weights + flat.square() / 3
+
+    return losses
+
+
+def _takes(func: Callable[..., Any], inputs: Sequence[Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            func(*inputs)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _check_digits(
+    losses: Callable[[_Params], Tensor], params: _Params, v: _Params, w: _Params
+) -> None:
+    """Slope, curvature and Hv against the gradient and its differences, which have more digits."""
+
+    def gradient(params: _Params) -> _Params:
+        with torch.enable_grad():
+            leaves = {i: p.detach().requires_grad_() for i, p in params.items()}
+            grads = torch.autograd.grad(losses(leaves).mean(), [*leaves.values()])
+        return dict(zip(leaves, grads, strict=True))
+
+    for _ in range(2):  # the same again, whatever a rule keeps from the first time
+        q, jets = (directional(losses, params, v, per_sample=s) for s in (False, True))
+        product = hvp(losses, params, v)
+        for name, along, found in (
+            ("<v, H v>", v, [q.curvature, jets.curvature, _inner(v, product)]),
+            ("<w, H v>", w, [_inner(w, product)]),
+        ):
+
+            def slope_along(p: _Params, along: _Params = along) -> Tensor:
+                return _inner(along, gradient(p))
+
+            differences, error = finite_difference(slope_along, params, v)
+            size = _inner(_abs(along), _abs(product))
+            for computed in found:
+                _check_equal(name, computed, differences.slope, _EXACT * size + error.slope)
+        g = gradient(params)
+        for slope in (q.slope, jets.slope):
+            _check_equal("the slope", slope, _inner(v, g), _EXACT * _inner(_abs(v), _abs(g)))
+
+
+def _check_single(
+    losses: Callable[[_Params], Tensor],
+    in_single: Callable[[_Params], Tensor],
+    params: _Params,
+    v: _Params,
+) -> None:
+    exact, product = directional(losses, params, v), hvp(losses, params, v)
+    params, to_v = ({i: t.float() for i, t in tree.items()} for tree in (params, v))
+    single = directional(in_single, params, to_v)
+    size = _inner(_abs(v), _abs(product))
+    for name in ("slope", "curvature"):
+        number, expected = getattr(single, name).double(), getattr(exact, name)
+        tolerance = _SINGLE * torch.maximum(size, expected.abs())
+        _check_equal(f"in float32 the {name}", number, expected, tolerance)
+
+
+def _inner(left: _Params, right: _Params) -> Tensor:
     return torch.stack([(left[i] * right[i]).sum() for i in left]).sum()
 
 
-def _check_equal(name: str, number: Tensor, expected: Tensor, rtol: float) -> None:
-    if not abs(number - expected) <= rtol * max(1.0, abs(float(expected))):
+def _abs(tree: _Params) -> _Params:
+    return {i: t.abs() for i, t in tree.items()}
+
+
+def _check_equal(name: str, number: Tensor, expected: Tensor, tolerance: Tensor) -> None:
+    if not abs(number - expected) <= tolerance:
         raise AssertionError(f"{name} is {float(number)}; it must be {float(expected)}")
 
 
@@ -220,28 +230,3 @@ def _compare(
             f"{name} differs by {gap:.2g}, the tolerance is {tolerance:.2g}: "
             f"computed {computed.tolist()}, finite differences {difference.tolist()}"
         )
-
-
-def _extrapolate(
-    values: list[NDArray[np.float64]], rounding: list[NDArray[np.float64]]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ridders' method: the best entry of Neville's tableau in t², and its estimated error."""
-    best, error = values[0], np.full_like(values[0], np.inf)
-    previous = [values[0]]
-    for level, floor in zip(values[1:], rounding[1:], strict=True):
-        row = [level]
-        for k, above in enumerate(previous, start=1):
-            factor = _RATIO ** (2 * k)
-            row.append((factor * row[-1] - above) / (factor - 1))
-            # Neighbours may agree by chance to more digits than the losses have.
-            gap = np.maximum(np.abs(row[-1] - row[-2]), np.abs(row[-1] - above)) + floor
-            better = gap < error
-            best, error = np.where(better, row[-1], best), np.where(better, gap, error)
-        previous = row
-    return best, error
-
-
-def _split(*mean_and_samples: NDArray[np.float64]) -> Quadratic:
-    value, slope, curvature = map(torch.from_numpy, mean_and_samples)
-    samples = Quadratic(value[1:], slope[1:], curvature[1:], "finite differences")
-    return Quadratic(value[0], slope[0], curvature[0], "finite differences", samples)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import fast_only
+from agreement import check_agreement, fast_only
 from torch import Tensor
 
 import curvature
@@ -79,6 +79,65 @@ def test_a_rule_that_is_not_differentiable_gives_no_product() -> None:
     assert directional(lambda x: power(x, y).sum(), x, x).engine == "tangent"
     with pytest.raises(NotTwiceDifferentiable, match="gives a bend without graph"):
         hvp(lambda x: power(x, y).sum(), x, x)
+
+
+def in_half_the_digits(y: Tensor) -> Tensor:
+    return y.float().to(y.dtype)
+
+
+def only_in_double(y: Tensor) -> Tensor:
+    return y if y.dtype == F64 else 1.1 * y
+
+
+class Growing:
+    """Gives another answer each time."""
+
+    factor = 1.0
+
+    def __call__(self, y: Tensor) -> Tensor:
+        self.factor *= 1 + 1e-8
+        return self.factor * y
+
+
+@pytest.mark.parametrize("of_bend", [False, True])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (in_half_the_digits, r"moving: (<v, H v>|the slope) is .*; it must be"),
+        (only_in_double, r"moving: in float32 the (slope|curvature) is"),
+        (Growing(), r"moving: (<v, H v>|the slope) is"),
+        (lambda y: y[None], "gives a tensor of shape"),
+    ],
+    ids=["rounded", "wrong in float32", "stateful", "a wrong shape"],
+)
+def test_a_rule_that_is_almost_right_is_found(error: Any, message: str, of_bend: bool) -> None:
+    def wrong(call: Any, dots: Any, bend: bool) -> Any:
+        result = push(call, dots, bend)
+        if of_bend:
+            return (result[0], error(result[1])) if bend else result
+        return (error(result[0]), result[1]) if bend else error(result)
+
+    curvature.register_rule(Power, wrong)
+    with pytest.raises((AssertionError, ValueError), match=message):
+        check_rule(power, *inputs())
+
+
+def test_a_rule_that_does_not_serve_the_operation_is_not_verified() -> None:
+    curvature.register_rule("NoSuchBackward", push)
+    with pytest.raises(AssertionError, match=r"no rule serves func.*double backward: Cube"):
+        check_rule(Cube.apply, torch.randn(3, dtype=F64))
+
+
+def test_what_the_checked_function_gives() -> None:
+    x = torch.rand(3, dtype=F64)
+    check_rule(lambda x: [x.sin(), x.exp()], x)
+    with pytest.raises(TypeError, match="func gives a float; it must give a tensor, or a tuple or"):
+        check_rule(lambda x: x.sum().item(), x)
+
+
+def test_a_function_that_takes_float64_alone() -> None:
+    matrix = torch.randn(3, 3, dtype=F64)
+    check_rule(lambda x: matrix @ x.sin(), torch.randn(3, dtype=F64))
 
 
 def test_a_rule_for_a_custom_operator() -> None:
@@ -160,7 +219,8 @@ def test_arguments_that_are_no_tensors_come_first() -> None:
             x, y = ctx.saved_tensors
             return None, 2 * (x + ctx.k) * y * g, None, (x + ctx.k) ** 2 * g
 
-    check_rule(lambda x, y: Shifted.apply(2, x, "name", y), *inputs())
+    v = [torch.randn(4, dtype=F64), torch.randn(4, dtype=F64)]
+    check_agreement(lambda p: Shifted.apply(2, p[0], "name", p[1]).sin(), inputs(), v)
 
 
 class Cube(torch.autograd.Function):

@@ -31,6 +31,7 @@ FLOORS = {
         {"along", "graph"},
         {"quadratic"},
         {
+            "differences",
             "gradient",
             "reference",
             "rules.karatsuba",
