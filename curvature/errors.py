@@ -40,5 +40,6 @@ _SIGNS = (
     "double backward",
     "don't support automatic differentiation",  # a backward pass that writes with out=
     "once_differentiable",
+    "no autograd formula was registered",  # for a custom operator in a backward pass
     "it is ill-defined",  # eigenvectors, whose phase one operation's share may see
 )

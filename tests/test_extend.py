@@ -163,6 +163,25 @@ def test_a_rule_for_a_custom_operator() -> None:
     check_rule(lambda x: scaled_exp(2.0, x), x)
 
 
+def test_a_backward_pass_by_an_operator_without_one() -> None:
+    @torch.library.custom_op("curvature_tests::cube_backward", mutates_args=())
+    def cube_backward(x: Tensor, g: Tensor) -> Tensor:
+        return 3 * x**2 * g
+
+    @torch.library.custom_op("curvature_tests::cube", mutates_args=())
+    def cube(x: Tensor) -> Tensor:
+        return x**3
+
+    cube.register_autograd(
+        lambda ctx, g: cube_backward(ctx.saved_tensors[0], g),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    x = torch.randn(3, dtype=F64)
+    for engine in ("auto", "reference"):
+        with pytest.raises(NotTwiceDifferentiable, match="no autograd formula was registered"):
+            directional(lambda x: cube(x).sin().sum(), x, x, engine=engine)
+
+
 def test_custom_operators_whose_names_look_alike() -> None:
     def cube(name: str) -> Any:
         def forward(xs: list[Tensor]) -> Tensor:
