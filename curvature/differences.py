@@ -13,6 +13,8 @@ from torch import Tensor
 
 from curvature.along import Along
 from curvature.arguments import check_callable, number
+from curvature.errors import NonFiniteLoss
+from curvature.losses import describe_non_finite, is_finite
 from curvature.quadratic import Quadratic
 from curvature.trees import flatten_direction, flatten_params
 
@@ -43,6 +45,7 @@ def finite_difference(
 
     Raises:
         TypeError, ValueError: as :func:`curvature.directional`; also for params not in float64.
+        NonFiniteLoss: a loss on the way is NaN or infinite; the message names the step.
 
     Example:
         >>> import torch
@@ -64,15 +67,24 @@ def finite_difference(
     if length == 0:
         raise ValueError("direction is zero: there is no line to take differences along")
 
+    steps = step / length / _RATIO ** np.arange(_LEVELS)
+    with np.errstate(all="ignore"):
+        squares = steps**2
+    if not np.all((squares >= np.finfo(float).tiny) & (squares < math.inf)):
+        raise ValueError(
+            f"step is {step} for a direction of length {length:.3g}: the squares of such steps "
+            "cannot be represented"
+        )
     losses_at = Along(func, flat, leaves)
 
     def mean_and_samples(t: float) -> NDArray[np.float64]:
         losses = losses_at(t).double().cpu()
+        if not is_finite(losses):
+            raise NonFiniteLoss(f"at step {t}, {describe_non_finite(losses)}")
         return torch.cat([losses.mean().reshape(1), losses.reshape(-1)]).numpy()
 
     center = mean_and_samples(0.0)
     slopes, curvatures = [], []
-    steps = step / length / _RATIO ** np.arange(_LEVELS)
     for t in steps:
         up, down = mean_and_samples(t), mean_and_samples(-t)
         slopes.append((up - down) / (2 * t))

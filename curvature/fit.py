@@ -87,6 +87,11 @@ def fit(
     targets = np.array([loss.double().mean().item() for loss in losses])
     coefficients = torch.from_numpy(_least_squares(np.array(points), targets, degree, known))
     coefficients = coefficients.to(dtype=losses[0].dtype, device=losses[0].device)
+    if not is_finite(coefficients):
+        raise ValueError(
+            f"the coefficients of the fit exceed {coefficients.dtype}: the steps {points} are too "
+            "small for their powers"
+        )
     return Quadratic(
         value=coefficients[0],
         slope=coefficients[1],
@@ -105,8 +110,8 @@ def _known(name: str, number: float | Tensor | None) -> float | None:
     return result
 
 
-def _check_steps(steps: Sequence[float], degree: int, known: list[float | None]) -> list[float]:
-    if not isinstance(degree, int) or isinstance(degree, bool) or degree < 2:
+def _check_steps(steps: Sequence[float], degree: Any, known: list[float | None]) -> list[float]:
+    if not isinstance(degree, (int, np.integer)) or isinstance(degree, bool) or degree < 2:
         raise ValueError(f"degree is {degree}; a curvature needs an integer of at least 2")
     try:
         points = [as_number("a step", t) for t in steps]
@@ -119,7 +124,7 @@ def _check_steps(steps: Sequence[float], degree: int, known: list[float | None])
     if known[0] is not None:
         points = [t for t in points if t != 0]
     unknown = degree + 1 - sum(k is not None for k in known)
-    columns, _, _ = _design(np.array(points), degree, known)
+    columns, _, _ = _design(np.array(points), int(degree), known)
     if len(points) < unknown or np.linalg.matrix_rank(columns) < unknown:
         raise ValueError(
             f"the steps {points} do not determine the {unknown} unknown coefficients of a fit of "
@@ -148,5 +153,6 @@ def _least_squares(
     value, slope = (k or 0.0 for k in known)
     solution = np.linalg.lstsq(columns, targets - value - slope * points, rcond=None)[0]
     coefficients = np.array([value, slope] + [0.0] * (degree - 1))
-    coefficients[powers] = solution / unit**powers
+    with np.errstate(all="ignore"):
+        coefficients[powers] = solution / unit**powers
     return coefficients

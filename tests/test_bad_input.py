@@ -229,11 +229,26 @@ def test_steps_that_are_no_list() -> None:
         fit(square, X, V, 0.1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("step", [1e-200, 1e-150])
+def test_steps_whose_square_is_lost(step: float) -> None:
+    with pytest.raises(ValueError, match=r"coefficients .* exceed torch.float32: the steps \[1e"):
+        fit(square, X, V, [step], value=3.0, slope=6.0)
+
+
+def test_a_degree_of_numpy() -> None:
+    assert fit(square, X, V, [-1, 0, 1], degree=np.int64(2)).curvature == 6  # type: ignore[arg-type]
+
+
 def test_finite_differences() -> None:
     with pytest.raises(TypeError, match="need float64"):
         finite_difference(square, X, V)
     with pytest.raises(ValueError, match="direction is zero"):
         finite_difference(square, X.double(), 0 * V.double())
+    for step in (1e-300, 1e300):
+        with pytest.raises(ValueError, match=r"step is .* the squares of such steps cannot"):
+            finite_difference(square, X.double(), V.double(), step=step)
+    with pytest.raises(NonFiniteLoss, match=r"at step -1\.7.*, the loss is nan"):
+        finite_difference(lambda x: x.log().sum(), X.double(), V.double(), step=3)
 
 
 def test_checks_can_fail() -> None:
