@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from curvature.quadratic import Quadratic
-from curvature.recorded import recorded
+from curvature.recorded import answer
+from curvature.tape import Tape
+from curvature.trees import Flat
 
 
 def directional(
@@ -54,5 +56,8 @@ def directional(
         >>> q.value, q.slope, q.curvature
         (tensor(4.), tensor(3.), tensor(2.))
     """
-    with recorded(func, params, direction, "direction", engine) as (tape, _, leaves):
+
+    def question(tape: Tape, _: Flat, leaves: list[Tensor]) -> Quadratic:
         return tape.directional(leaves, per_sample=per_sample)
+
+    return answer(func, params, direction, "direction", engine, question)

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.recorded import recorded
+from curvature.recorded import answer
+from curvature.tape import Tape
+from curvature.trees import Flat
 
 
 def hvp(func: Callable[[Any], Tensor], params: Any, vector: Any, *, engine: str = "auto") -> Any:
@@ -37,5 +39,8 @@ def hvp(func: Callable[[Any], Tensor], params: Any, vector: Any, *, engine: str 
         >>> hvp(lambda x: x @ A @ x / 2, torch.zeros(2), torch.tensor([1.0, 0.0]))
         tensor([2., 1.])
     """
-    with recorded(func, params, vector, "vector", engine) as (tape, flat, leaves):
+
+    def question(tape: Tape, flat: Flat, leaves: list[Tensor]) -> Any:
         return flat.rebuild(tape.hvp(leaves))
+
+    return answer(func, params, vector, "vector", engine, question)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,15 +12,18 @@ from curvature.side_effects import SideEffects
 from curvature.tape import Tape
 from curvature.trees import Flat, flatten_direction, flatten_params
 
+Answer = TypeVar("Answer")
 
-@contextmanager
-def recorded(
-    func: Callable[[Any], Tensor], params: Any, vector: Any, argument: str, engine: str
-) -> Iterator[tuple[Tape, Flat, list[Tensor]]]:
-    """Check the arguments and put ``func`` at ``params`` on a tape; take its side effects back.
 
-    The tape is used inside the block: restoring buffers would invalidate a graph that saved them.
-    """
+def answer(
+    func: Callable[[Any], Tensor],
+    params: Any,
+    vector: Any,
+    argument: str,
+    engine: str,
+    question: Callable[[Tape, Flat, list[Tensor]], Answer],
+) -> Answer:
+    """Check the arguments, put ``func`` on a tape and ask it, taking back its side effects."""
     check_callable("func", func)
     tape = Tape(engine=engine)
     flat = flatten_params(params)
@@ -32,4 +34,5 @@ def recorded(
         with tape:
             losses = func(flat.rebuild(leaves))
         tape.backward(losses, leaves)
-        yield tape, flat, direction
+        # Restoring buffers would invalidate a graph that saved them.
+        return question(tape, flat, direction)
