@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import Parameter, is_lazy
 
 
 def check_losses(losses: Any, *, graph: bool) -> Tensor:
@@ -17,7 +19,7 @@ def check_losses(losses: Any, *, graph: bool) -> Tensor:
         graph: whether a gradient will be asked of it.
 
     Raises:
-        TypeError: not a real floating-point tensor.
+        TypeError: not a real floating-point tensor, or not a dense one that holds numbers.
         ValueError: more than one dimension, no entry, or no graph where one is needed.
     """
     if not isinstance(losses, Tensor):
@@ -25,6 +27,8 @@ def check_losses(losses: Any, *, graph: bool) -> Tensor:
             f"the loss is a {type(losses).__name__}, not a tensor; return the tensor itself "
             "(no .item(), no tuple)"
         )
+    if reason := unusable(losses):
+        raise TypeError(f"the loss {reason}")
     if not losses.is_floating_point():
         raise TypeError(f"the loss has dtype {losses.dtype}; it must be real and floating-point")
     if losses.ndim > 1:
@@ -40,6 +44,23 @@ def check_losses(losses: Any, *, graph: bool) -> Tensor:
             "from .detach(), .data, .item() or numpy; compute it from params with torch operations"
         )
     return losses
+
+
+def unusable(tensor: Tensor) -> str | None:
+    """Why a tensor is not a dense one that holds numbers, or ``None``."""
+    # Both are subclasses, and most tensors are not.
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        if is_lazy(tensor):
+            return "is not initialised yet: call its lazy module once before"
+        if isinstance(tensor, FakeTensor):
+            return "is a fake tensor, which holds no numbers; compute outside FakeTensorMode"
+    if tensor.is_nested:
+        return "is a nested tensor; only dense tensors can be used"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}; only dense tensors can be used"
+    if tensor.is_meta:
+        return "is on the meta device, which holds no numbers; materialise it"
+    return None
 
 
 def is_finite(tensor: Tensor) -> bool:

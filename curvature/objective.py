@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -26,8 +27,8 @@ class Objective:
         params: the model's trainable parameters by name, as :func:`dict`; read at each access.
 
     Raises:
-        TypeError: ``model`` is no module, ``loss`` no function, ``batch`` no pair, or ``params`` no
-            mapping.
+        TypeError: ``model`` is no module or a scripted one, ``loss`` no function, ``batch`` no
+            pair, or ``params`` no mapping.
         ValueError: the batch is empty, or ``params`` has a name that the model has not.
 
     Example:
@@ -48,6 +49,11 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model is a scripted module, whose parameters cannot be exchanged for others; "
+                "pass torch.nn.Sequential(model)"
+            )
         check_callable("loss", loss)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise TypeError("batch must be a pair (inputs, target)")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree as pytree
 
-from curvature.losses import is_finite
+from curvature.losses import is_finite, unusable
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
 
@@ -73,9 +73,12 @@ def flatten_direction(direction: Any, params: Flat, *, argument: str = "directio
     order), or is a plain list of tensors in params' order.
 
     Raises:
-        TypeError: a leaf is no tensor, or its dtype differs from its parameter's.
+        TypeError: an iterator, or a leaf is no dense tensor, or its dtype differs from its
+            parameter's.
         ValueError: structure, shape or device differ, or an entry is NaN or infinite.
     """
+    if isinstance(direction, Iterator):
+        raise TypeError(f"{argument} is an iterator, which can be read only once; pass a list")
     leaves, spec = _flatten(direction)
     if spec != params.spec:
         leaves = _in_order(direction, params, argument)
@@ -128,23 +131,19 @@ def _unusable(leaf: Any) -> str | None:
             else "convert it to float32 or float64, or leave it out of params"
         )
         return f"has dtype {leaf.dtype}; only float32 and float64 can be used: {advice}"
-    if leaf.layout != torch.strided:
-        return f"has layout {leaf.layout}; only dense tensors can be used"
-    if leaf.is_meta:
-        return "is on the meta device, which holds no numbers; materialise it"
-    return None
+    return unusable(leaf)
 
 
 def _misfit(leaf: Any, param: Tensor) -> tuple[type[Exception], str] | None:
     """Why this is no tangent of the parameter."""
     if not isinstance(leaf, Tensor):
         return TypeError, f"is a {type(leaf).__name__}, not a tensor"
+    if reason := unusable(leaf):
+        return TypeError, reason
     if leaf.shape != param.shape:
         return ValueError, f"has shape {tuple(leaf.shape)}, its parameter has {tuple(param.shape)}"
     if leaf.dtype != param.dtype:
         return TypeError, f"has dtype {leaf.dtype}, its parameter has {param.dtype}"
     if leaf.device != param.device:
         return ValueError, f"is on {leaf.device}, its parameter is on {param.device}"
-    if leaf.layout != torch.strided:
-        return TypeError, f"has layout {leaf.layout}; only dense tensors can be used"
     return None

@@ -590,6 +590,11 @@ bad(
 )
 for _error, _message, _call in (
     (TypeError, "model is a type", lambda w: curvature.Objective(nn.Linear, square, (w.x, w.y))),
+    (
+        TypeError,
+        r"a scripted module, .*pass torch\.nn\.Sequential\(model\)",
+        lambda w: curvature.Objective(torch.jit.ScriptModule(), square, (w.x, w.y)),
+    ),
     (TypeError, "loss is a NoneType", lambda w: curvature.Objective(w.net, None, (w.x, w.y))),
     (TypeError, "batch must be a pair", lambda w: curvature.Objective(w.net, square, (w.x,))),
     (

@@ -12,6 +12,7 @@ import torch
 from agreement import fast_only
 from bad_inputs import ENTRIES, NOTHING_TO_GET_WRONG, Bad, World, public_names
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from curvature import NonFiniteLoss, Objective, Tape, directional, fit, hvp
 from curvature.testing import check_directional, finite_difference
@@ -90,6 +91,21 @@ def square_tree(p: dict) -> torch.Tensor:
     return sum((x.square().sum() for x in p.values()), ZERO)
 
 
+def nested(x: torch.Tensor) -> torch.Tensor:
+    return torch.nested.as_nested_tensor([x, x[:2]], layout=torch.jagged)
+
+
+def exhausted(x: torch.Tensor) -> torch.Tensor:
+    raise StopIteration("no more batches")
+
+
+def faked(x: torch.Tensor) -> torch.Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return x * 2
+
+
+FAKE = FakeTensorMode().from_tensor(X)
+LAZY = nn.parameter.UninitializedParameter()
 TREE = {"a": torch.ones(2), "b": torch.ones(3)}
 
 # func, params, direction, type of the error, message
@@ -119,9 +135,21 @@ CASES: dict[str, tuple[Callable, Any, Any, type[Exception], str]] = {
     "complex params": (square, X + 0j, V + 0j, TypeError, "complex64.*real and imaginary"),
     "sparse params": (square, X.to_sparse(), V, TypeError, "layout torch.sparse_coo"),
     "meta params": (square, X.to("meta"), V.to("meta"), TypeError, "on the meta device"),
+    "meta direction": (square, X, V.to("meta"), TypeError, "direction is on the meta device"),
+    "fake params": (square, FAKE, V, TypeError, "params is a fake tensor, .* FakeTensorMode"),
+    "fake direction": (square, X, FAKE, TypeError, "direction is a fake tensor"),
+    "lazy params": (square, LAZY, V, TypeError, "params is not initialised yet"),
+    "lazy direction": (square, X, LAZY, TypeError, "direction is not initialised yet"),
+    "nested params": (square, nested(X), V, TypeError, "params is a nested tensor"),
     "params no tensor": (square_tree, {"a": 1.0}, {"a": V}, TypeError, r"params\['a'\] is a float"),
     "no params": (square_tree, {}, {}, ValueError, "params holds no tensor"),
     "iterator": (square, iter([X]), [V], TypeError, r"dict\(model.named_parameters\(\)\)"),
+    "iterator for a direction": (square, X, iter([V]), TypeError, "direction is an iterator"),
+    "sparse loss": (lambda x: x.to_sparse(), X, V, TypeError, "loss has layout torch.sparse_coo"),
+    "nested loss": (nested, X, V, TypeError, "loss is a nested tensor"),
+    "meta loss": (lambda x: x.to("meta"), X, V, TypeError, "loss is on the meta device"),
+    "fake loss": (faked, X, V, TypeError, "loss is a fake tensor"),
+    "StopIteration": (exhausted, X, V, StopIteration, "no more batches"),
     "matrix": (lambda x: x.outer(x), X, V, ValueError, r"loss has shape \(3, 3\); return a scalar"),
     "no tensor returned": (lambda x: 1.0, X, V, TypeError, "loss is a float, not a tensor"),
     "tuple returned": (lambda x: (x.sum(),), X, V, TypeError, "loss is a tuple"),
