@@ -15,8 +15,6 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from curvature.errors import NotTwiceDifferentiable
-
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
@@ -60,16 +58,7 @@ def otherwise(
     PyTorch's second derivative of fused weight_norm takes the norms for constants; that of a
     normalisation with a bias but no weight is wrong, or fails. So is then the gradient of a loss
     that holds a gradient of these.
-
-    Raises:
-        NotTwiceDifferentiable: no call would be right.
     """
-    if func in _WRONG_AHEAD and forward_ad._current_level >= 0 and torch.is_grad_enabled():
-        raise NotTwiceDifferentiable(
-            f"the loss takes a forward-mode derivative (torch.func.jvp, jacfwd or hessian, or "
-            f"torch.autograd.forward_ad) through {func.__name__}, of which PyTorch's gradient is "
-            "wrong: take it in reverse mode (torch.func.grad, vjp or jacrev, torch.autograd.grad)"
-        )
     if func is torch._weight_norm:
         return _weight_norm
     if func in _NORMALISATIONS and _has_bias_alone(func, args, kwargs):
@@ -121,28 +110,6 @@ _NORMALISATIONS = {
     torch.batch_norm: (1, 2),
     F.instance_norm: (3, 4),
     torch.instance_norm: (1, 2),
-}
-
-# Their forward-mode derivatives use results of the forward pass that have no graph.
-_WRONG_AHEAD = {
-    *_NORMALISATIONS,
-    torch.native_layer_norm,
-    torch.native_group_norm,
-    torch.native_batch_norm,
-    torch.linalg.solve,
-    torch.linalg.solve_ex,
-    torch.linalg.tensorsolve,
-    torch.linalg.det,
-    torch.det,
-    Tensor.det,
-    torch.linalg.slogdet,
-    torch.slogdet,
-    Tensor.slogdet,
-    torch.logdet,
-    Tensor.logdet,
-    torch.linalg.householder_product,
-    torch.orgqr,
-    Tensor.orgqr,
 }
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.calls import module_calls
 from curvature.differentiable import PlainFormulas, otherwise
+from curvature.inner import check_call
 from curvature.origin import Origins
 from curvature.saved import Saved
 
@@ -88,6 +89,7 @@ class Forward:
         if func is Tensor.register_hook:
             return self._register_hook(*args, **kwargs)
         self.origins.call(func)
+        check_call(func, args, kwargs)
         other = otherwise(func, args, kwargs)
         # Of weight_norm PyTorch's own node saves the same.
         self._repeats = self._repeats or (other is not None and func is not torch._weight_norm)

@@ -16,6 +16,7 @@ from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradients
 from curvature.hooked import check_slope
+from curvature.inner import InnerDerivatives
 from curvature.losses import is_finite
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
@@ -113,8 +114,8 @@ class Tape:
         self._stack.enter_context(torch.enable_grad())
         self._stack.enter_context(self._variants())
         self._stack.enter_context(self._reevaluation.recording())
-        if self._forward is not None:
-            self._stack.enter_context(self._forward.noted())
+        watch = InnerDerivatives() if self._forward is None else self._forward.noted()
+        self._stack.enter_context(watch)
         return self
 
     def __exit__(

@@ -282,3 +282,66 @@ def test_forward_mode_whose_gradient_is_wrong(
 def test_forward_mode_whose_gradient_is_right(function: Callable[[Tensor], Tensor]) -> None:
     x, v = torch.randn(2, 3, 3, dtype=F64)
     check_directional(ahead(lambda x: function(x + 3 * torch.eye(3).to(x))), x, v, step=0.02)
+
+
+def laplacian(norm: Norm) -> Callable[[Tensor], Tensor]:
+    """Of a network with a normalisation, as of its weights."""
+    points = torch.randn(4, 3, dtype=F64)
+
+    def losses(weights: Tensor) -> Tensor:
+        x = points.clone().requires_grad_()
+        (slopes,) = torch.autograd.grad(norm(x @ weights).sin().sum(), x, create_graph=True)
+        (bends,) = torch.autograd.grad(slopes.sum(), x, create_graph=True)
+        return bends.square().sum()
+
+    return losses
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: F.layer_norm(x, (3,)),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: F.instance_norm(x.T[None])[0],
+    ],
+    ids=["layer", "batch", "instance"],
+)
+def test_second_derivatives_whose_gradient_is_wrong(norm: Norm, engine: str) -> None:
+    x, v = torch.randn(2, 3, 3, dtype=F64)
+    with pytest.raises(NotTwiceDifferentiable, match="write the normalisation with mean and var"):
+        directional(laplacian(norm), x, v, engine=engine)
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda x: norm(x).sum()))
+    with pytest.raises(NotTwiceDifferentiable, match="a second derivative through layer or batch"):
+        directional(lambda x: hessian(x).sum(), x, v, engine=engine)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: F.group_norm(x, 1),
+        lambda x: F.batch_norm(x, torch.zeros(3).to(x), torch.ones(3).to(x)),
+        lambda x: plain(x, [1], [3], None, None),
+    ],
+    ids=["group", "batch, evaluating", "by mean and var"],
+)
+def test_second_derivatives_whose_gradient_is_right(norm: Norm) -> None:
+    x, v = torch.randn(2, 3, 3, dtype=F64)
+    check_directional(laplacian(norm), x, v, step=0.02, rtol=1e-5)
+
+
+@fast_only
+def test_two_steps_of_gradient_descent_through_layer_norm() -> None:
+    """The second differentiates through the first, but not twice through a normalisation."""
+    x, w = torch.randn(5, 4, dtype=F64), torch.randn(4, 3, dtype=F64)
+
+    def inner(w: Tensor) -> Tensor:
+        return F.layer_norm(x @ w, (3,), eps=EPS).sin().square().sum()
+
+    def outer(w: Tensor) -> Tensor:
+        for _ in range(2):
+            w = w * 1
+            w = w - 0.01 * torch.autograd.grad(inner(w), w, create_graph=True)[0]
+        return inner(w)
+
+    check_directional(outer, w, torch.randn_like(w), step=0.02)

@@ -8,11 +8,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "curvature": [
-        {"arguments", "errors"},
+        {"arguments", "audit", "errors"},
         {
             "calls",
             "differentiable",
             "hooked",
+            "inner",
             "losses",
             "objective",
             "origin",
@@ -21,7 +22,6 @@ FLOORS = {
             "uncompiled",
         },
         {
-            "audit",
             "contributions",
             "forward",
             "reevaluation",

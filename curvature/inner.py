@@ -1,0 +1,88 @@
+"""Refuse derivatives inside the loss of which PyTorch gives a wrong gradient without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+from curvature.audit import is_wrong_twice
+from curvature.errors import NotTwiceDifferentiable
+
+# Their forward-mode derivatives use results of the forward pass that have no graph.
+_WRONG_AHEAD = {
+    F.layer_norm,
+    torch.layer_norm,
+    torch.native_layer_norm,
+    F.group_norm,
+    torch.group_norm,
+    torch.native_group_norm,
+    F.batch_norm,
+    torch.batch_norm,
+    torch.native_batch_norm,
+    F.instance_norm,
+    torch.instance_norm,
+    torch.linalg.solve,
+    torch.linalg.solve_ex,
+    torch.linalg.tensorsolve,
+    torch.linalg.det,
+    torch.det,
+    Tensor.det,
+    torch.linalg.slogdet,
+    torch.slogdet,
+    Tensor.slogdet,
+    torch.logdet,
+    Tensor.logdet,
+    torch.linalg.householder_product,
+    torch.orgqr,
+    Tensor.orgqr,
+}
+
+
+class InnerDerivatives(TorchFunctionMode):
+    """Around a forward pass: refuses what :func:`check_call` does."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        check_call(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def check_call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Refuse a call in the forward pass that leads to a wrong gradient of the loss.
+
+    Raises:
+        NotTwiceDifferentiable: a forward-mode derivative of a function whose tangents lose a part
+            of their graph, or a second derivative through layer or batch normalisation.
+    """
+    if func in _WRONG_AHEAD and forward_ad._current_level >= 0 and torch.is_grad_enabled():
+        raise NotTwiceDifferentiable(
+            "the loss takes a forward-mode derivative (torch.func.jvp, jacfwd or hessian, or "
+            f"torch.autograd.forward_ad) through {func.__name__}, of which PyTorch's gradient is "
+            "wrong: take it in reverse mode (torch.func.grad, vjp or jacrev, torch.autograd.grad)"
+        )
+    if func is torch.autograd.grad and kwargs.get("create_graph") and _is_second(*args[:2]):
+        raise NotTwiceDifferentiable(
+            "the loss takes a second derivative through layer or batch normalisation, of which "
+            "PyTorch's gradient is wrong: write the normalisation with mean and var"
+        )
+
+
+def _is_second(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether a gradient of a normalisation lies between them."""
+    seen = {x.grad_fn for x in inputs}
+    waiting = [y.grad_fn for y in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if is_wrong_twice(node):
+                return True
+            seen.add(node)
+            waiting.extend([parent for parent, _ in node.next_functions])
+    return False
