@@ -111,6 +111,7 @@ _NORMALISATIONS = {
     F.instance_norm: (3, 4),
     torch.instance_norm: (1, 2),
 }
+REPLACED = {torch._weight_norm, *_NORMALISATIONS}
 
 
 def _has_bias_alone(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -14,14 +14,15 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from curvature.calls import module_calls
-from curvature.differentiable import PlainFormulas, otherwise
-from curvature.inner import check_call
+from curvature.differentiable import REPLACED, PlainFormulas, otherwise
+from curvature.inner import CHECKED, check_call
 from curvature.origin import Origins
 from curvature.saved import Saved
 
 _LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}  # (input, weight, bias)
 _NODES = {"MmBackward0", "BmmBackward0", "AddmmBackward0", "ConvolutionBackward0"}
 _PRODUCTS = {torch.mm, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_WATCHED = CHECKED | REPLACED
 _MULTIPLYING = _LAYERS | _PRODUCTS
 
 # Below these a product costs no more than the few sums that save one.
@@ -89,10 +90,12 @@ class Forward:
         if func is Tensor.register_hook:
             return self._register_hook(*args, **kwargs)
         self.origins.call(func)
-        check_call(func, args, kwargs)
-        other = otherwise(func, args, kwargs)
-        # Of weight_norm PyTorch's own node saves the same.
-        self._repeats = self._repeats or (other is not None and func is not torch._weight_norm)
+        other = None
+        if func in _WATCHED:
+            check_call(func, args, kwargs)
+            other = otherwise(func, args, kwargs)
+            # Of weight_norm PyTorch's own node saves the same.
+            self._repeats = self._repeats or (other is not None and func is not torch._weight_norm)
         result = (other or func)(*args, **kwargs)
         self.origins.returned()
         if func in _MULTIPLYING and len(args) >= 2:

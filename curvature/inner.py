@@ -42,6 +42,7 @@ _WRONG_AHEAD = {
     torch.orgqr,
     Tensor.orgqr,
 }
+CHECKED = {torch.autograd.grad, *_WRONG_AHEAD}
 
 
 class InnerDerivatives(TorchFunctionMode):
