@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.calls import module_calls
 from curvature.differentiable import REPLACED, PlainFormulas, otherwise
-from curvature.inner import CHECKED, check_call
+from curvature.nested import CHECKED, check_call
 from curvature.origin import Origins
 from curvature.saved import Saved
 

@@ -26,7 +26,7 @@ def check_slope(
     if not abs(along - slope.item()) <= (_ROUGH if rough else _EXACT) * size:
         raise ValueError(
             f"the loss has slope {slope.item():.6g} along the direction, but its gradient gives "
-            f"{along:.6g}, since a backward hook or the backward pass of a function of your own "
-            "has changed it, as to clip it or to solve for a fixed point: remove that, or use "
-            "curvature.fit, which needs only forward passes"
+            f"{along:.6g}: a backward hook or the backward pass of a function of your own has "
+            "changed it, as to clip it or to solve for a fixed point, or a rule of your own is "
+            "wrong; mend that, or use curvature.fit, which needs only forward passes"
         )

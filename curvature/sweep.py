@@ -14,6 +14,7 @@ from torch.autograd.graph import Node
 from curvature.allocation import keep_freed_memory
 from curvature.contributions import Contributions
 from curvature.cotangents import Cotangents
+from curvature.differentiable import WeightNorm
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.graph import Call, Edge, Graph, Tensors
@@ -128,7 +129,8 @@ class Sweep:
 
     def doubtful(self) -> bool:
         """Whether the backward pass may compute another gradient than that of the loss."""
-        return self.hooked() or any(call.is_python for call in self._graph.calls)
+        functions = {call.function for call in self._graph.calls if call.is_python}
+        return self.hooked() or bool(functions - {WeightNorm})
 
     def checked(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients that autograd gave, as tensors that may be written to.

@@ -16,8 +16,8 @@ from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradients
 from curvature.hooked import check_slope
-from curvature.inner import InnerDerivatives
 from curvature.losses import is_finite
+from curvature.nested import NestedDerivatives
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
 from curvature.reference import DoubleBackward
@@ -114,7 +114,7 @@ class Tape:
         self._stack.enter_context(torch.enable_grad())
         self._stack.enter_context(self._variants())
         self._stack.enter_context(self._reevaluation.recording())
-        watch = InnerDerivatives() if self._forward is None else self._forward.noted()
+        watch = NestedDerivatives() if self._forward is None else self._forward.noted()
         self._stack.enter_context(watch)
         return self
 

@@ -13,7 +13,7 @@ FLOORS = {
             "calls",
             "differentiable",
             "hooked",
-            "inner",
+            "nested",
             "losses",
             "objective",
             "origin",

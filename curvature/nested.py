@@ -45,7 +45,7 @@ _WRONG_AHEAD = {
 CHECKED = {torch.autograd.grad, *_WRONG_AHEAD}
 
 
-class InnerDerivatives(TorchFunctionMode):
+class NestedDerivatives(TorchFunctionMode):
     """Around a forward pass: refuses what :func:`check_call` does."""
 
     def __torch_function__(
