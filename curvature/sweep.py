@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from curvature.differentiable import WeightNorm
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.graph import Call, Edge, Graph, Tensors
+from curvature.half_precision import in_range, over, promoted
 from curvature.quadratic import Quadratic
 from curvature.rules import rule_of
 from curvature.rules.local import LocalDoubleBackward
@@ -27,7 +27,6 @@ from curvature.saved import Saved
 
 _log = logging.getLogger(__name__)
 _noted: set[str] = set()
-_SHORTER = 1 / 8  # than the parameters: squares of activations in the hundreds do not overflow
 
 keep_freed_memory()
 
@@ -164,11 +163,11 @@ class Sweep:
                 return rule.tangent(call, dots)
             outputs, number = rule.adjoint(call, dots, cotangents)
             if number is not None:
-                number = _over(number.to(self._losses), s**2)
+                number = over(number.to(self._losses), s**2)
                 terms.append((call.name, call.node._sequence_nr(), number))
             return outputs
 
-        return _over(self._filled(self._forward(direction, step)), s), terms
+        return over(self._filled(self._forward(direction, step)), s), terms
 
     @torch.no_grad()
     def gauss_newton(
@@ -201,7 +200,7 @@ class Sweep:
             outputs, bent = rule.jet(call, dots, ddots)
             for k, second in enumerate(bent):
                 if second is not None:
-                    seconds[call.node, k] = _promoted(second, call.kinds[k][1])
+                    seconds[call.node, k] = promoted(second, call.kinds[k][1])
             return outputs
 
         saved = self._forward_pass.saved if last else None
@@ -212,7 +211,7 @@ class Sweep:
             done=lambda i: None if saved is None else self._free(i, saved),
         )
         second = self._filled(seconds.get(self._graph.root))
-        return _over(self._filled(tangent), s), _over(second, s**2)
+        return over(self._filled(tangent), s), over(second, s**2)
 
     def _free(self, i: int, saved: Saved) -> None:
         """Drop what call i has saved; but as long as a call may refuse, it is needed to go back."""
@@ -260,22 +259,18 @@ class Sweep:
                     cots[edge] = dense if edge not in cots else cots[edge] + dense
         self.cotangents.rest()
         return [
-            _over(cots[edge].to(p), s) if edge in cots else torch.zeros_like(p)
+            over(cots[edge].to(p), s) if edge in cots else torch.zeros_like(p)
             for edge, p in zip(self._graph.leaves, self._params, strict=True)
         ]
 
     def _in_range(self, direction: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
-        """A direction whose tangents and their squares half precision can hold, and its scale."""
+        """A direction whose tangents this graph can hold, and by how much it is longer."""
         half = self._product_dtype == torch.float16 or any(
             dtype == torch.float16 for call in self._graph.calls for _, dtype in call.kinds
         )
         if not half:
-            return direction, 1
-        size, length = (_length(tensors) for tensors in (self._params, direction))
-        if not 0 < size * length < math.inf:
-            return direction, 1
-        s = 2.0 ** round(math.log2(_SHORTER * size / length))
-        return [v * s for v in direction], s
+            return direction, 1.0
+        return in_range(direction, self._params)
 
     def _forward(
         self,
@@ -310,7 +305,7 @@ class Sweep:
                     raise self._located(call, error) from error
                 for k, dot in enumerate(outputs):
                     if dot is not None:
-                        moving = _promoted(dot, call.kinds[k][1])
+                        moving = promoted(dot, call.kinds[k][1])
                         # A parameter that is itself computed moves on its own as well.
                         before = dots.get((call.node, k))
                         dots[call.node, k] = moving if before is None else before + moving
@@ -331,21 +326,6 @@ class Sweep:
         if losses is None:
             return torch.zeros_like(self._losses)
         return losses.to(self._losses.dtype).expand_as(self._losses)
-
-
-def _promoted(tangent: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype of what moves, where a part alone that moves has a lower one."""
-    if tangent.dtype == dtype or not (tangent.is_floating_point() and dtype.is_floating_point):
-        return tangent
-    return tangent.to(dtype)
-
-
-def _over(t: Tensor, s: float) -> Tensor:
-    return t if s == 1 else t / s
-
-
-def _length(tensors: Sequence[Tensor]) -> float:
-    return math.hypot(*(torch.linalg.vector_norm(t.detach()).item() for t in tensors))
 
 
 def _total(numbers: list[Tensor], like: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ FLOORS = {
         {
             "contributions",
             "forward",
+            "half_precision",
             "reevaluation",
             "side_effects",
             "trees",
