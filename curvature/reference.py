@@ -31,7 +31,7 @@ class DoubleBackward:
 
     def __init__(self, losses: Tensor, params: Sequence[Tensor]) -> None:
         self._params = list(params)
-        self._losses = losses.detach()
+        self._losses = losses.detach().clone()
         self._audit = Audit()
         self._mode = partial(derivative_mode, losses.device)
         with self._mode(), self._audit.cuts_noted(losses) as cuts:

@@ -59,7 +59,7 @@ class Sweep:
         self._graph = Graph(losses, params, forward.products)
         self._forward_pass, self._product_dtype = forward, product_dtype
         self._root = losses
-        self._losses = losses.detach()
+        self._losses = losses.detach().clone()
         self._params = list(params)
         self._rules = [rule_of(call) for call in self._graph.calls]
         for call, rule in zip(self._graph.calls, self._rules, strict=True):

@@ -419,6 +419,18 @@ def test_the_reference_refuses_the_fused_weight_norm_whose_second_derivative_is_
     curvature.testing.check_directional(fused_weight_norm, x, v)
 
 
+@every_engine
+def test_values_do_not_follow_what_is_done_to_the_losses(engine: str) -> None:
+    x = torch.ones(3, requires_grad=True)
+    with Tape(engine=engine) as tape:
+        losses = x**2
+    tape.backward(losses, [x])
+    q = tape.directional([torch.ones(3)], per_sample=True)
+    losses.detach().zero_()
+    assert q.per_sample is not None
+    assert (q.value, q.per_sample.value.tolist()) == (1, [1, 1, 1])
+
+
 @pytest.mark.parametrize(
     ("func", "kink"),
     [
