@@ -51,7 +51,7 @@ def trust(
         else:
             step = min(2 * B / L, trusted)
         values = [v - lines[0][3] for *_, v in lines[:k]]
-        q *= 0.9 if average(values, 0.9) > average(values, 0.98) else 1.05
+        q *= 0.95 if average(values, 0.9) > average(values, 0.98) else 1.05
         q = min(max(q, 0.03), 1.0)
         rs.append((1 - mu**k) * q * step / math.sqrt(squared_norm))
     return rs

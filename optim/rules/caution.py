@@ -9,12 +9,12 @@ _RECENT, _LONGER = 0.9, 0.98  # decays of the moving averages of the loss
 _LOWEST = 0.03
 
 
-def cautioned(line: Line, state: State, rate: float) -> State:
+def cautioned(line: Line, state: State, *, fall: float, rise: float) -> State:
     """With ``caution`` and the moving averages of the loss renewed.
 
-    ``caution`` rises by the share ``rate`` where the loss, averaged over the last ten steps, is
-    not above that of the last fifty, and falls by twice that share where it is; it stays within
-    [0.03, 1]. A loss that neither rises nor falls, as often above as below, thus shortens steps.
+    ``caution`` falls by the share ``fall`` where the loss, averaged over the last ten steps, is
+    above that of the last fifty, and rises by ``rise`` where it is not; it stays within [0.03, 1].
+    If it falls faster, a loss that is as often above as below shortens the steps.
     ``surprised`` is 1 where the loss is above twice the average of the steps before.
     """
     first, steps = state.get("first", line.value), state.get("steps", 0)
@@ -25,7 +25,7 @@ def cautioned(line: Line, state: State, rate: float) -> State:
     recent = _RECENT * recent + (1 - _RECENT) * (line.value - first)
     longer = _LONGER * longer + (1 - _LONGER) * (line.value - first)
     rising = recent / (1 - _RECENT**steps) > longer / (1 - _LONGER**steps)
-    caution = state.get("caution", 1.0) * (1 - 2 * rate if rising else 1 + rate)
+    caution = state.get("caution", 1.0) * (1 - fall if rising else 1 + rise)
     return {
         **state,
         "first": first,

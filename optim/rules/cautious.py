@@ -59,7 +59,8 @@ class Cautious(Rule):
         lower, filled, state = lower_slope(line, state)
         if estimate is not None:
             state = _measured(estimate, line, state)
-        state = cautioned(line, state, max(mu, _LEAST_MEMORY) * _CAUTION)
+        rise = max(mu, _LEAST_MEMORY) * _CAUTION
+        state = cautioned(line, state, fall=2 * rise, rise=rise)
         agreement = max(_LEAST_AGREEMENT, _ratio(state["signed"], state["average"]))
         reduced = filled * state["caution"] * 2 * lower * agreement ** (1 / 3)
         r = newton_step(reduced, length * state["lipschitz"])

@@ -28,8 +28,8 @@ class Trust(Lipschitz):
         L = max(c, bias-corrected moving average of c with beta3),  c = |d^T H d| / ‖d‖²
         l = min(2 B / L, 4 T) at an estimate, where T becomes max(l, T / 2) if l > 0
         l = min(2 B / L, T)   between estimates
-        q falls by 10 % where the loss, averaged over the last ten steps, is above that of the
-          last fifty, and rises by 5 % where it is not; it stays within [0.03, 1]
+        q falls by 5 % where the loss, averaged over the last ten steps, is above that of the
+          last fifty, and rises by 5 % where it is below; it stays within [0.03, 1]
         r = (1 - mu^k) q l / ‖d‖
 
     An estimate is also taken at the step after one that asked for four times T or more than doubled
@@ -91,7 +91,7 @@ class Trust(Lipschitz):
                 trusted = going if trusted == math.inf else max(going, _LEAST * trusted)
                 trusted = min(trusted, line.limit * length)
             state = {**state, "trusted": trusted, "unsettled": float(unsettled)}
-        state = cautioned(line, state, _CAUTION)
+        state = cautioned(line, state, fall=_CAUTION, rise=_CAUTION)
         return filled * state["caution"] * going / length, state
 
     def due(self, iteration: int, every: int, state: State) -> bool:
