@@ -102,7 +102,8 @@ def _versions(cotangents: Tensors) -> list[int]:
 
 
 def _memory(t: Tensor) -> int | None:
-    return t.untyped_storage().data_ptr() if t.layout == torch.strided else None
+    # By its own identity, since the zeros of some derivatives have no address.
+    return t.untyped_storage()._cdata if t.layout == torch.strided else None
 
 
 def _followers(graph: Graph, rules: Sequence[Rule]) -> dict[int, tuple[int, int]]:

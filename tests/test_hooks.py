@@ -201,6 +201,11 @@ def test_the_gradient_may_be_written_to() -> None:
     torch.testing.assert_close(*results)
 
 
+def test_a_gradient_that_has_no_memory() -> None:
+    x, v = torch.randn(2, 3, dtype=F64)
+    assert directional(lambda x: x.sgn().sum(), x, v).curvature == 0
+
+
 @fast_only
 def test_a_hook_does_not_keep_the_graph_alive() -> None:
     x = torch.ones(3, requires_grad=True)
