@@ -455,6 +455,7 @@ def test_at_a_kink_both_engines_take_the_same_side(
     torch.testing.assert_close(*[(q.slope, q.curvature) for q in results])
 
 
+@fast_only
 def test_products_through_sparse_cotangents_are_dense() -> None:
     x, v = torch.randn(2, 4, 3, dtype=F64)
     y = torch.randn(3, 5, dtype=F64)
@@ -473,6 +474,7 @@ def xlogx(x: torch.Tensor) -> torch.Tensor:
     return torch.where(kept > 0, kept * kept.log(), 0)
 
 
+@fast_only
 @pytest.mark.parametrize(
     "func",
     [

@@ -1,5 +1,6 @@
 """Rules that users register, and the check that tells a right one from a wrong one."""
 
+import typing
 from typing import Any
 
 import pytest
@@ -184,7 +185,8 @@ def test_a_backward_pass_by_an_operator_without_one() -> None:
 
 def test_custom_operators_whose_names_look_alike() -> None:
     def cube(name: str) -> Any:
-        def forward(xs: list[Tensor]) -> Tensor:
+        # Older PyTorch knows a list by this name alone.
+        def forward(xs: typing.List[Tensor]) -> Tensor:  # noqa: UP006
             return xs[0] ** 3
 
         def backward(ctx: Any, g: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import fast_only
+from agreement import fast_only, shows_what_it_packed
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
@@ -30,14 +30,13 @@ def record(net: nn.Module, **options: Any) -> tuple[Tape, list[Tensor]]:
     return tape, list(tape.backward(losses, params))
 
 
-shows_what_it_packed = pytest.mark.skipif(
-    not hasattr(torch._C._autograd.SavedTensor, "data"),
-    reason="an older PyTorch frees what it has saved with the graph",
+packed_only = pytest.mark.skipif(
+    not shows_what_it_packed, reason="an older PyTorch frees what it has saved with the graph"
 )
 
 
 @fast_only
-@shows_what_it_packed
+@packed_only
 def test_it_frees_what_it_has_used_and_then_says_so() -> None:
     net = layers()
     tape, g = record(net, low_memory=True)
@@ -55,7 +54,7 @@ def test_a_direction_that_does_not_fit_frees_nothing() -> None:
 
 
 @fast_only
-@shows_what_it_packed
+@packed_only
 def test_saved_tensors_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     left = []
     free = saved.Saved.free

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from agreement import check_agreement, fast_only
+from agreement import check_agreement, fast_only, shows_what_it_packed
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -375,7 +375,7 @@ def test_without_cotangents_the_numbers_are_the_same(name: str) -> None:
         tape.backward(losses, params, cotangents=cotangents)
         q = tape.directional(v)
         assert q.engine.startswith("tangent" if cotangents and not low_memory else "jet")
-        if low_memory:
+        if low_memory and shows_what_it_packed:
             with pytest.raises(RuntimeError, match="a low-memory tape answers one question"):
                 tape.hvp(v)
             torch.manual_seed(0)
