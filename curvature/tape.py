@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from curvature.allocation import large_blocks_apart
 from curvature.differentiable import derivative_mode, twice_differentiable
@@ -170,7 +170,11 @@ class Tape:
                 leaves = gradients(losses, flat, retain_graph=True, accumulate=accumulate)
         if sweep is not None:
             leaves = sweep.checked(leaves)
-            if sweep.doubtful():
+            # Hooks of parameters change their gradients alone, several processes take their mean.
+            changed = any(p._backward_hooks for p in flat.leaves) or (
+                accumulate and distributed.is_available() and distributed.is_initialized()
+            )
+            if sweep.doubtful() and not changed:
                 self._hooked_gradient = [None if g is None else g.clone() for g in leaves]
         return flat.rebuild(leaves)
 

@@ -51,9 +51,29 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 SHARDED = ["gradients", "losses", "one loss", "GeN", "clipped", "GeN, INNAprop"]
 
 
+class Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y)
+
+
+class Squash(nn.Module):
+    """Its backward pass is a function of the user's, whose gradient is compared with the slope."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Tanh.apply(x)
+
+
 def make_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+    return nn.Sequential(nn.Linear(4, 6), Squash(), nn.Linear(6, 3)).to(F64)
 
 
 def batch(k: int) -> tuple[Tensor, Tensor]:

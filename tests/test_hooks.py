@@ -121,6 +121,17 @@ def test_a_backward_pass_may_write_to_its_cotangent(
     torch.testing.assert_close((hvp(func, x, v) * v).sum(), expected)
 
 
+@fast_only
+def test_the_hook_of_a_parameter_is_not_taken_for_a_wrong_gradient() -> None:
+    x = torch.zeros(2, requires_grad=True)
+    x.register_hook(lambda cotangent: 2 * cotangent)
+    with Tape() as tape:
+        loss = Exp.apply(x).square().sum()
+    assert tape.backward(loss, [x])[0].tolist() == [4, 4]
+    q = tape.directional([torch.ones(2)])
+    assert (q.slope, q.curvature) == (4, 8)
+
+
 class Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, most):  # type: ignore[no-untyped-def]
