@@ -7,6 +7,7 @@ from curvature.errors import NonFiniteLoss, NotTwiceDifferentiable
 from curvature.extend import register_rule
 from curvature.fit import fit
 from curvature.gradient import gradient
+from curvature.hooked import parameter_hooks_off
 from curvature.hvp import hvp
 from curvature.objective import Objective
 from curvature.quadratic import Quadratic
@@ -27,6 +28,7 @@ __all__ = [
     "gradient",
     "hvp",
     "module_calls",
+    "parameter_hooks_off",
     "register_rule",
     "testing",
     "uncompiled",

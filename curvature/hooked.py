@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 _EXACT, _ROUGH = 1e-6, 2e-2  # of the sum of absolute values: in double precision, and otherwise
+
+
+@contextmanager
+def parameter_hooks_off(params: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, derivatives in these parameters are those of the loss, without their own hooks.
+
+    Like clipping, such a hook changes a gradient and not the loss.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> _ = x.register_hook(lambda g: g.clamp(max=1.0))
+        >>> with parameter_hooks_off([x]):
+        ...     torch.autograd.grad(x**2, x)
+        (tensor(4.),)
+    """
+    hooks = [p._backward_hooks for p in params if p._backward_hooks]
+    own = [dict(each) for each in hooks]
+    try:
+        for each in hooks:
+            each.clear()
+        yield
+    finally:
+        for each, content in zip(hooks, own, strict=True):
+            each.update(content)
 
 
 def check_slope(

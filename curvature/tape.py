@@ -15,7 +15,7 @@ from curvature.differentiable import derivative_mode, twice_differentiable
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradients
-from curvature.hooked import check_slope
+from curvature.hooked import check_slope, parameter_hooks_off
 from curvature.losses import is_finite
 from curvature.nested import NestedDerivatives
 from curvature.quadratic import Quadratic
@@ -164,7 +164,8 @@ class Tape:
         flat = check_differentiable(losses, params)
         self._losses, self._params, self._engine, self._hooked_gradient = losses, flat, None, None
         with self._deriving(losses):
-            sweep = self._sweep()
+            with parameter_hooks_off(flat.leaves):
+                sweep = self._sweep()
             keep = cotangents and not self._low_memory
             with sweep.cotangents.collecting() if sweep and keep else nullcontext():
                 leaves = gradients(losses, flat, retain_graph=True, accumulate=accumulate)
@@ -254,7 +255,7 @@ class Tape:
         if not isinstance(self._engine, Sweep):
             raise ValueError("the reference engine has no Gauss-Newton curvature")
         engine = self._engine
-        with self._deriving(losses):
+        with self._deriving(losses), parameter_hooks_off(params.leaves):
             slopes, curvature = engine.gauss_newton(leaves, given)
         value = losses.detach().mean()
         return Quadratic(value, slopes.mean(), curvature, "gauss-newton")
@@ -313,7 +314,7 @@ class Tape:
     ) -> Quadratic:
         """The answer where a tangent of zero has met a slope that is infinite, if there is one."""
         losses, params = self._state()
-        with self._deriving(losses):
+        with self._deriving(losses), parameter_hooks_off(params.leaves):
             try:
                 reference = DoubleBackward(losses, params.leaves)
                 known = reference.directional(direction, per_sample=per_sample)
@@ -323,7 +324,7 @@ class Tape:
 
     def _answer(self, question: Callable[[Sweep | DoubleBackward], Answer]) -> Answer:
         losses, params = self._state()
-        with self._deriving(losses):
+        with self._deriving(losses), parameter_hooks_off(params.leaves):
             if self._engine is None:
                 # On demand: a gradient alone must not pay for the graph of its derivative.
                 self._engine = DoubleBackward(losses, params.leaves)

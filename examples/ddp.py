@@ -10,6 +10,7 @@ curvature and step are the same to the last bit on all processes, and so are the
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 
 import torch
@@ -75,7 +76,9 @@ def main() -> None:
     if distributed.get_rank() == 0:
         print("epoch       loss   accuracy   seconds")
     train(epochs)
-    # Else threads of gloo may still run when the interpreter ends, which now and then aborts.
+    # Else threads of gloo may still run when the interpreter ends, which now and then aborts; the
+    # network, which holds the group, is part of a cycle.
+    gc.collect()
     distributed.destroy_process_group()
 
 

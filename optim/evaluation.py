@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from curvature import NonFiniteLoss, gradient
+from curvature import NonFiniteLoss, gradient, parameter_hooks_off
 from optim.autocast import autocast_noted, forget_casts
 from optim.called import Called
 from optim.inner import inner
 from optim.intercept import intercepted
 from optim.loss_graph import check_same_loss, other_leaves
 from optim.loss_scale import LossScale
-from optim.own_hooks import hooked, own_hooks_off
+from optim.own_hooks import hooked
 from optim.ranks import Ranks
 from optim.sharded import local, resharded
 
@@ -241,7 +241,7 @@ def _backward(
             # Of a scaled loss others would get the scaled gradient.
             whole = setting.ranks.several or (all_leaves and scale == 1)
             others = other_leaves(weighed, now) if whole else []
-            with own_hooks_off(now), without_grads(now) if whole else nullcontext():
+            with parameter_hooks_off(now), without_grads(now) if whole else nullcontext():
                 grads = recorder.backward(weighed, now, accumulate=whole)
         except NonFiniteLoss as error:
             unusable = str(error)

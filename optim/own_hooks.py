@@ -2,24 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 from torch import Tensor
-
-
-@contextmanager
-def own_hooks_off(params: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, gradients of these are those of the loss."""
-    hooks = [p._backward_hooks for p in params if p._backward_hooks]
-    own = [dict(each) for each in hooks]
-    try:
-        for each in hooks:
-            each.clear()
-        yield
-    finally:
-        for each, content in zip(hooks, own, strict=True):
-            each.update(content)
 
 
 def hooked(p: Tensor, g: Tensor) -> Tensor:
