@@ -1,4 +1,4 @@
-"""Tell whether a hook or function has made the gradient another than that of the loss."""
+"""Hooks: those of parameters kept out of derivatives, others told by the slope that they change."""
 
 from __future__ import annotations
 
