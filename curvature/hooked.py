@@ -17,6 +17,9 @@ def parameter_hooks_off(params: Sequence[Tensor]) -> Iterator[None]:
 
     Like clipping, such a hook changes a gradient and not the loss.
 
+    Raises:
+        TypeError: params hold something else than tensors.
+
     Example:
         >>> import torch
         >>> x = torch.tensor(2.0, requires_grad=True)
@@ -25,6 +28,8 @@ def parameter_hooks_off(params: Sequence[Tensor]) -> Iterator[None]:
         ...     torch.autograd.grad(x**2, x)
         (tensor(4.),)
     """
+    if not all(isinstance(p, Tensor) for p in params):
+        raise TypeError("params must hold tensors alone")
     hooks = [p._backward_hooks for p in params if p._backward_hooks]
     own = [dict(each) for each in hooks]
     try:

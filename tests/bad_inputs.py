@@ -655,6 +655,12 @@ bad(
     lambda w, _: curvature.module_calls(5).__enter__(),
 )
 bad(
+    "curvature.parameter_hooks_off",
+    TypeError,
+    "params must hold tensors alone",
+    lambda w, _: curvature.parameter_hooks_off([5]).__enter__(),
+)
+bad(
     "curvature.SideEffects",
     TypeError,
     r"modules must hold torch\.nn\.Module",
