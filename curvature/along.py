@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.losses import check_losses
+from curvature.errors import NonFiniteLoss
+from curvature.losses import check_losses, describe_non_finite, is_finite
 from curvature.side_effects import SideEffects
 from curvature.trees import Flat
 
@@ -30,16 +31,23 @@ class Along:
 
         Raises:
             TypeError, ValueError: they are no losses.
+            NonFiniteLoss: one is NaN or infinite; the message names the step.
         """
+        losses = self._at(t)
+        if not is_finite(losses):
+            raise NonFiniteLoss(f"at step {t}, {describe_non_finite(losses)}")
+        return losses
+
+    def _at(self, t: float) -> Tensor:
         try:
-            return self._at(t)
+            return self._evaluated(t)
         except RuntimeError as error:
             if self._differentiates or "does not require grad" not in str(error):
                 raise
         self._differentiates = True
-        return self._at(t)
+        return self._evaluated(t)
 
-    def _at(self, t: float) -> Tensor:
+    def _evaluated(self, t: float) -> Tensor:
         pairs = zip(self._params.leaves, self._direction, strict=True)
         with SideEffects(), torch.set_grad_enabled(self._differentiates):
             moved = [

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from curvature.nodes import nodes_behind
+
 _WRONG = {
     # Reached where the call was not seen by the mode that replaces it, as inside TorchScript.
     "WeightNormInterfaceBackward0": "PyTorch's second derivative of fused weight_norm is wrong",
@@ -22,7 +24,7 @@ class Audit:
     """Watches a graph as derivatives of derivatives are added to it."""
 
     def __init__(self) -> None:
-        self._nodes: set[Node] = set()
+        self._nodes: set[Node | None] = set()
         self._reason: str | None = None
 
     def obstacle(self, tensors: Sequence[Tensor | None]) -> str | None:
@@ -63,15 +65,8 @@ class Audit:
 
     def _add(self, tensors: Sequence[Tensor | None]) -> list[Node]:
         """Take note of the graphs behind ``tensors``; the nodes that were not known before."""
-        new = []
-        waiting = [t.grad_fn for t in tensors if t is not None]
-        while waiting:
-            node = waiting.pop()
-            if node is not None and node not in self._nodes:
-                self._nodes.add(node)
-                new.append(node)
-                self._reason = self._reason or obstacle_of(node)
-                waiting.extend([parent for parent, _ in node.next_functions])
+        new = list(nodes_behind(tensors, self._nodes))
+        self._reason = self._reason or next(filter(None, map(obstacle_of, new)), None)
         return new
 
 

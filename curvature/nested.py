@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.audit import is_wrong_twice
 from curvature.errors import NotTwiceDifferentiable
+from curvature.nodes import nodes_behind
 
 # Their forward-mode derivatives use results of the forward pass that have no graph.
 _WRONG_AHEAD = {
@@ -77,13 +78,4 @@ def check_call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, 
 
 def _is_second(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     """Whether a gradient of a normalisation lies between them."""
-    seen = {x.grad_fn for x in inputs}
-    waiting = [y.grad_fn for y in outputs]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            if is_wrong_twice(node):
-                return True
-            seen.add(node)
-            waiting.extend([parent for parent, _ in node.next_functions])
-    return False
+    return any(map(is_wrong_twice, nodes_behind(outputs, {x.grad_fn for x in inputs})))

@@ -167,7 +167,7 @@ class Sweep:
                 terms.append((call.name, call.node._sequence_nr(), number))
             return outputs
 
-        return over(self._filled(self._forward(direction, step)), s), terms
+        return over(self._filled(self._carry(direction, step)), s), terms
 
     @torch.no_grad()
     def gauss_newton(
@@ -204,7 +204,7 @@ class Sweep:
             return outputs
 
         saved = self._forward_pass.saved if last else None
-        tangent = self._forward(
+        tangent = self._carry(
             direction,
             step,
             dying=lambda edge: seconds.pop(edge, None),
@@ -238,7 +238,7 @@ class Sweep:
             moving.append((i, dots, kept))
             return outputs
 
-        self._forward(vector, step)
+        self._carry(vector, step)
         cots: dict[Edge, Tensor] = {}
         leaves = set(self._graph.leaves)
         while moving:
@@ -272,7 +272,7 @@ class Sweep:
             return direction, 1.0
         return in_range(direction, self._params)
 
-    def _forward(
+    def _carry(
         self,
         direction: Sequence[Tensor],
         step: Callable[[int, Call, Rule, Tensors], Tensors],
@@ -280,42 +280,32 @@ class Sweep:
         done: Callable[[int], object] = lambda i: None,
     ) -> Tensor | None:
         """Carry tangents from the parameters to the losses, dropping each after its last use."""
-        with products_in(self._product_dtype):
-            losses = self._carry(direction, step, dying, done)
-        self.cotangents.rest()
-        return losses
-
-    def _carry(
-        self,
-        direction: Sequence[Tensor],
-        step: Callable[[int, Call, Rule, Tensors], Tensors],
-        dying: Callable[[Edge], object],
-        done: Callable[[int], object],
-    ) -> Tensor | None:
         uses = dict(self._graph.uses)
         dots: dict[Edge, Tensor] = {}
         for edge, v in zip(self._graph.leaves, direction, strict=True):
             dots[edge] = v if edge not in dots else dots[edge] + v
-        for i, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True)):
-            arriving = tuple([None if edge is None else dots.get(edge) for edge in call.inputs])
-            if any(dot is not None for dot in arriving):
-                try:
-                    outputs = step(i, call, rule, arriving)
-                except NotTwiceDifferentiable as error:
-                    raise self._located(call, error) from error
-                for k, dot in enumerate(outputs):
-                    if dot is not None:
-                        moving = promoted(dot, call.kinds[k][1])
-                        # A parameter that is itself computed moves on its own as well.
-                        before = dots.get((call.node, k))
-                        dots[call.node, k] = moving if before is None else before + moving
-            for used in call.inputs:
-                if used is not None:
-                    uses[used] -= 1
-                    if uses[used] == 0:
-                        dots.pop(used, None)
-                        dying(used)
-            done(i)
+        with products_in(self._product_dtype):
+            for i, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True)):
+                arriving = tuple([None if edge is None else dots.get(edge) for edge in call.inputs])
+                if any(dot is not None for dot in arriving):
+                    try:
+                        outputs = step(i, call, rule, arriving)
+                    except NotTwiceDifferentiable as error:
+                        raise self._located(call, error) from error
+                    for k, dot in enumerate(outputs):
+                        if dot is not None:
+                            moving = promoted(dot, call.kinds[k][1])
+                            # A parameter that is itself computed moves on its own as well.
+                            before = dots.get((call.node, k))
+                            dots[call.node, k] = moving if before is None else before + moving
+                for used in call.inputs:
+                    if used is not None:
+                        uses[used] -= 1
+                        if uses[used] == 0:
+                            dots.pop(used, None)
+                            dying(used)
+                done(i)
+        self.cotangents.rest()
         return dots.get(self._graph.root)
 
     def _located(self, call: Call, error: NotTwiceDifferentiable) -> NotTwiceDifferentiable:

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "curvature": [
-        {"arguments", "audit", "errors"},
+        {"arguments", "errors", "nodes"},
+        {"audit"},
         {
             "calls",
             "differentiable",

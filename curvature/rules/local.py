@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 
 from curvature.errors import NotTwiceDifferentiable, tells_no_second_derivative
 from curvature.graph import Call, Tensors
+from curvature.nodes import nodes_behind
 from curvature.rules.rule import Rule, inner
 
 
@@ -137,14 +138,7 @@ class _Local:
         self._check_graph(pulled)
 
     def _check_graph(self, tensors: Tensors) -> None:
-        ends = {node for node, _ in self._call.edges}
-        seen: set[Node] = set()
-        waiting = [g.grad_fn for g in tensors if g is not None]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen or node in ends:
-                continue
-            seen.add(node)
+        for node in nodes_behind(tensors, {node for node, _ in self._call.edges}):
             name = node.name()
             if name == "torch::autograd::Error":
                 raise _refusal(self._call, "it is marked once_differentiable")
@@ -153,7 +147,6 @@ class _Local:
                 for u in self.u
             ):
                 raise _refusal(self._call, "its backward pass uses a tensor that is no input of it")
-            waiting.extend([parent for parent, _ in node.next_functions])
 
     def _is_zero(self, i: int) -> bool:
         # With u = 0 every J^T u is zero: only another u tells.
