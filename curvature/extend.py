@@ -10,7 +10,8 @@ from torch._library.custom_ops import CustomOpDef
 
 from curvature.arguments import check_callable
 from curvature.graph import Call, Tensors
-from curvature.rules.table import General, Key, Linear, register
+from curvature.rules.families import General, Linear
+from curvature.rules.table import Key, register
 
 
 def register_rule(

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from curvature import Tape
 from curvature.differentiable import WeightNorm
-from curvature.rules import table
+from curvature.rules import families, table
 
 pytestmark = fast_only
 F64 = torch.float64
@@ -659,7 +659,7 @@ def test_rule(name: str, data: st.DataObject, seed: int) -> None:
 def test_entries_are_served_some_rows_at_a_time(
     function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "IN_CACHE", 6)
+    monkeypatch.setattr(families, "IN_CACHE", 6)
     x, v = torch.randn(2, 5, 2, 2, dtype=F64)
     check_agreement(lambda x: function(x.sin()).square().sum((1, 2)), x, v)
 

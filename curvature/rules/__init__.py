@@ -1,6 +1,5 @@
 """Rules for operations, one file per family; importing this package fills the table."""
 
-from curvature.graph import Call
 from curvature.rules import (
     attention,
     bilinear,
@@ -10,16 +9,14 @@ from curvature.rules import (
     gradient_of_norm,
     linear,
     loss,
+    lstm,
     moments,
     normalisation,
     product,
-    recurrent,
     softmax,
     views,
 )
-from curvature.rules.local import LocalDoubleBackward
-from curvature.rules.rule import Rule
-from curvature.rules.table import find
+from curvature.rules.table import rule_of
 
 __all__ = [
     "attention",
@@ -30,19 +27,11 @@ __all__ = [
     "gradient_of_norm",
     "linear",
     "loss",
+    "lstm",
     "moments",
     "normalisation",
     "product",
-    "recurrent",
     "rule_of",
     "softmax",
     "views",
 ]
-
-_ANY = LocalDoubleBackward()
-
-
-def rule_of(call: Call) -> Rule:
-    """The rule for a call; its own double backward where there is none, or a number is complex."""
-    rule = None if call.is_complex() else find(call)
-    return (None if rule is None else rule.of(call)) or _ANY

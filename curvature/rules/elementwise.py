@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from curvature.graph import Call
-from curvature.rules.table import Elementwise, elementwise, register, singular
+from curvature.rules.families import Elementwise
+from curvature.rules.table import elementwise, register, singular
 
 # Piecewise linear: f'' is zero wherever it exists.
 for _name in (

@@ -12,8 +12,9 @@ from torch.nn import functional as F  # noqa: N812
 from curvature.audit import obstacle_of
 from curvature.errors import NotTwiceDifferentiable
 from curvature.graph import Call
+from curvature.rules.families import Linear
 from curvature.rules.local import TRANSPOSED
-from curvature.rules.table import Linear, linear, register
+from curvature.rules.table import linear, register
 
 
 @linear("AddBackward0", light=True)

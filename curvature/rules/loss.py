@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from curvature.graph import Call, Tensors
-from curvature.rules.table import Linear, general, register
+from curvature.rules.families import Linear
+from curvature.rules.table import general, register
 
 
 @general("MseLossBackward0")

@@ -7,8 +7,9 @@ import math
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
+from curvature.rules.families import General
 from curvature.rules.rule import Rule, against
-from curvature.rules.table import General, general, register
+from curvature.rules.table import general, register
 
 Pushed = tuple[Tensor, Tensor] | Tensor
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvature.differentiable import WeightNorm
 from curvature.graph import Call, Tensors
+from curvature.rules.families import General
 from curvature.rules.normalised import (
     BatchNormalised,
     GroupNormalised,
@@ -18,7 +19,7 @@ from curvature.rules.normalised import (
     channels,
 )
 from curvature.rules.rule import Rule, add
-from curvature.rules.table import General, register
+from curvature.rules.table import register
 
 
 class _Normalisation(Rule):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from curvature.graph import Call, Tensors
+from curvature.rules.families import General
 from curvature.rules.rule import add
-from curvature.rules.table import General, general, register
+from curvature.rules.table import general, register
 
 Pushed = tuple[Tensor, Tensor | None] | Tensor
 

@@ -1,160 +1,23 @@
-"""The families that carry the algebra of most rules, and the table that finds a rule."""
+"""The table that finds the rule of a call, and how rules get into it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import EllipsisType, FunctionType
+from types import FunctionType
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch._ops import OpOverload
 
-from curvature.graph import Call, Tensors
-from curvature.rules.rule import IN_CACHE, Rule, real_dot
-
-Rows = slice | EllipsisType
-
-
-class Linear(Rule):
-    """F is linear: the tangent is F of the tangents."""
-
-    linear = True
-
-    def __init__(self, apply: Callable[..., Any], *, light: bool = False) -> None:
-        self._apply, self.light = apply, light
-
-    def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        return _as_tuple(self._apply(call, *dots))
-
-    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
-        outputs = self.tangent(call, dots)
-        return outputs, self.plus_tangent(call, ddots, (None,) * len(outputs))
-
-
-class Elementwise(Rule):
-    """y = f(x) entry by entry. The Jacobian is diagonal, so J xdot is autograd's own J^T xdot.
-
-    Args:
-        bend: f''(x) xdot, given the call, xdot and ydot = f'(x) xdot; or None where f'' is zero.
-    """
-
-    light = True
-
-    def __init__(self, bend: Callable[[Call, Tensor, Tensor], Tensor] | None) -> None:
-        self._bend = bend
-        self.linear = bend is None
-
-    def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        return (call.pull(dots[0])[0],)
-
-    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
-        (x,), (y,) = dots, self.tangent(call, dots)
-        (second,) = (None,) if ddots[0] is None else self.tangent(call, ddots)
-        if self._bend is None or x is None or y is None:
-            return (y,), (second,)
-        second = torch.zeros_like(y) if second is None else second
-        for rows, bend in self._bends(call, x, y):
-            second[rows].addcmul_(bend, x[rows])
-        return (y,), (second,)
-
-    def adjoint(
-        self, call: Call, dots: Tensors, cotangents: Tensors
-    ) -> tuple[Tensors, Tensor | None]:
-        (x,), (y,), (cotangent,) = dots, self.tangent(call, dots), cotangents
-        if cotangent is None or x is None or y is None:
-            return (y,), None
-        parts = [
-            real_dot(cotangent[rows], bend.mul_(x[rows])) for rows, bend in self._bends(call, x, y)
-        ]
-        return (y,), sum(parts[1:], parts[0])
-
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
-        outputs = self.tangent(call, dots)
-        return outputs, outputs
-
-    def turn(
-        self,
-        call: Call,
-        dots: Tensors,
-        cotangents: Tensors,
-        turned: Tensors,
-        kept: Tensors,
-    ) -> Tensors:
-        (x,), (y,) = dots, kept
-        change = None if turned[0] is None else call.pull(*turned)[0]
-        (cotangent,) = cotangents
-        if self._bend is None or cotangent is None or x is None or y is None:
-            return (change,)
-        change = torch.zeros_like(y) if change is None else change
-        for rows, bend in self._bends(call, x, y):
-            change[rows].addcmul_(bend, cotangent[rows])
-        return (change,)
-
-    def _bends(self, call: Call, x: Tensor, y: Tensor) -> Iterator[tuple[Rows, Tensor]]:
-        assert self._bend is not None
-        if y.numel() <= IN_CACHE:
-            yield ..., self._bend(call, x, y)
-            return
-        step = max(1, IN_CACHE // y[:1].numel())
-        for start in range(0, len(y), step):
-            rows = slice(start, start + step)
-            yield rows, self._bend(_Part(call, rows), x[rows], y[rows])  # type: ignore[arg-type]
-
-
-class Singular(Elementwise):
-    """Where f may have an infinite slope: what does not move there, as padding, stays."""
-
-    def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        (x,), (y,) = dots, super().tangent(call, dots)
-        return (y if x is None or y is None else y.masked_fill_(x == 0, 0),)
-
-    def _bends(self, call: Call, x: Tensor, y: Tensor) -> Iterator[tuple[Rows, Tensor]]:
-        for rows, bend in super()._bends(call, x, y):
-            yield rows, bend.masked_fill_(x[rows] == 0, 0)
-
-
-class _Part:
-    """Some rows of what an entrywise call saved."""
-
-    def __init__(self, call: Call, rows: slice) -> None:
-        self._call, self._rows, self._shape = call, rows, call.shape()
-
-    def __getattr__(self, name: str) -> Any:
-        saved = getattr(self._call, name)
-        whole = isinstance(saved, Tensor) and saved.shape == self._shape
-        return saved[self._rows] if whole else saved
-
-
-class General(Rule):
-    """Any other operation.
-
-    Args:
-        push: (call, dots, bend) -> ydot, or with ``bend`` the pair of ydot and D²F[xdot, xdot];
-            each a tensor, None, or a tuple of these for several outputs. Written with operations
-            that autograd differentiates, it serves the cross term too.
-        light: see :class:`Rule`.
-    """
-
-    def __init__(self, push: Callable[[Call, Tensors, bool], Any], *, light: bool = False) -> None:
-        self._push, self.light = push, light
-
-    def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        return _as_tuple(self._push(call, dots, False))
-
-    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
-        outputs, bends = self._push(call, dots, True)
-        return _as_tuple(outputs), self.plus_tangent(call, ddots, _as_tuple(bends))
-
-
-def _as_tuple(value: Any) -> Tensors:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
+from curvature.graph import Call
+from curvature.rules.families import Elementwise, General, Linear, Singular
+from curvature.rules.local import LocalDoubleBackward
+from curvature.rules.rule import Rule
 
 Key = str | type | OpOverload
 
 _TABLE: dict[Key, Rule] = {}
+_ANY = LocalDoubleBackward()
 
 
 def register(name: Key, rule: Rule) -> None:
@@ -199,8 +62,13 @@ def _registering(
     return decorate
 
 
-def find(call: Call) -> Rule | None:
-    """The rule for a call, if there is one."""
+def rule_of(call: Call) -> Rule:
+    """The rule for a call; its own double backward where there is none, or a number is complex."""
+    rule = None if call.is_complex() else _find(call)
+    return (None if rule is None else rule.of(call)) or _ANY
+
+
+def _find(call: Call) -> Rule | None:
     function = call.function
     rule = None if function is None else _TABLE.get(_operator(function) or function)
     return rule or _TABLE.get(call.name)

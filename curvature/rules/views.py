@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from curvature.graph import Call
+from curvature.rules.families import Linear
 from curvature.rules.local import TRANSPOSED
 from curvature.rules.rule import Rule
-from curvature.rules.table import Linear, linear, register
+from curvature.rules.table import linear, register
 
 
 @linear("TBackward0", light=True)

@@ -1,9 +1,8 @@
-"""The fused LSTM layer of the CPU, one direction of one layer a call."""
+"""An LSTM layer's recurrences: of its states, of their tangents, and of cotangents."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,21 +11,17 @@ from curvature.graph import Call, Tensors
 from curvature.rules.karatsuba import balance, karatsuba
 from curvature.rules.matmul import matmul
 from curvature.rules.precision import multiply
-from curvature.rules.rule import Rule, real_dot
-from curvature.rules.table import register
-
-_LSTM = 2  # as torch numbers its kinds of recurrent layers
 
 
-class _Layer:
-    """The layer's forward pass, evaluated again: all gates at once, only the cell step by step.
+class LstmLayer:
+    """The forward pass evaluated again: all gates at once, only the cell step by step.
 
     ``a = x W^T + h_before U^T + b``; ``i, f, o = sigmoid(a)`` and ``g = tanh(a)`` in their
     quarters; ``c = f c_before + i g``, ``h = o tanh(c)``. Time runs along the first dimension, in
     the direction of the layer; ``c[0]`` is the state before the first step.
 
     Attributes:
-        slope: of the gates' functions; their second derivative is ``slope curl``.
+        slope: of the gates; their second derivative is ``slope curl``.
         gains: ``c' = f c'_before + gains_i a_i' + gains_f a_f' + gains_g a_g'``.
         out_slope: ``h' = gains_o a_o' + out_slope c'``.
     """
@@ -106,7 +101,7 @@ class _Layer:
         h: Tensor | None,
         c: Tensor | None,
         added: tuple[Tensor, Tensor] | None = None,
-    ) -> _Moved:
+    ) -> Moved:
         """The linear recurrence of tangents along time.
 
         Args:
@@ -115,7 +110,7 @@ class _Layer:
             added: what is added to c and h at each step.
         """
         shape = (self.steps + 1, self.batch, self.size)
-        moved = _Moved(a.view_as(self.s), a.new_zeros(shape), a.new_zeros(shape))
+        moved = Moved(a.view_as(self.s), a.new_zeros(shape), a.new_zeros(shape))
         if h is not None:
             moved.h[0] = h.view(shape[1:])
         if c is not None:
@@ -134,8 +129,8 @@ class _Layer:
             hs[t + 1].addcmul_(to_o[t], o[t]).addcmul_(out_slope[t], moving)
         return moved
 
-    def bends(self, moved: _Moved) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the gates by their slope, of ``c = f c_before + i g``, and of ``h = o tanh(c)``."""
+    def bends(self, moved: Moved) -> tuple[Tensor, Tensor, Tensor]:
+        """The bends of the gates by their slope, of ``c = f c_before + i g`` and ``h = o tanh(c)``."""
         i, f, g, o = (self.slope * moved.a).unbind(2)
         c = moved.c[1:]
         return (
@@ -144,7 +139,7 @@ class _Layer:
             2 * self.tanh_slope * c * (o - self.s[:, :, 3] * self.tanh_c * c),
         )
 
-    def second(self, dots: Tensors, ddots: Tensors, moved: _Moved, half: Tensor | None) -> _Moved:
+    def second(self, dots: Tensors, ddots: Tensors, moved: Moved, half: Tensor | None) -> Moved:
         """The second derivatives, by the same recurrence with what bends added."""
         of_a, of_c, of_h = self.bends(moved)
         *to_c, to_h = of_a.mul_(self.gains).unbind(2)
@@ -156,7 +151,7 @@ class _Layer:
             a = multiply(2 * moved.h_before, u.t(), a)
         return self.push(a, ddots[5], ddots[6], (sum(to_c, of_c), to_h.add_(of_h)))
 
-    def pull(self, h: Tensor, c: Tensor, added: Tensor | None = None) -> _Cotangents:
+    def pull(self, h: Tensor, c: Tensor, added: Tensor | None = None) -> Cotangents:
         """The linear recurrence of cotangents against time.
 
         Args:
@@ -177,7 +172,7 @@ class _Layer:
             if t > 0:
                 hs[t - 1].addmm_(rows[t], self.u)
                 cs[t - 1].addcmul_(forget[t], cs[t])
-        return _Cotangents(a, c, h)
+        return Cotangents(a, c, h)
 
     def arriving(self, cotangents: Tensors) -> tuple[Tensor, Tensor]:
         """What the outputs' cotangents bring to h and c of each step."""
@@ -190,21 +185,21 @@ class _Layer:
             c[-1] += last_c.view_as(c[-1])
         return h, c
 
-    def outputs(self, moved: _Moved) -> Tensors:
+    def outputs(self, moved: Moved) -> Tensors:
         ends = (self.along_time(moved.h[1:]), moved.h[-1], moved.c[-1])
         return tuple(end.reshape(self.call.shape(k)) for k, end in enumerate(ends))
 
 
-class _Moved:
-    """Tangents of a per step, and of c and h from before the first step."""
+class Moved:
+    """Tangents of a per step, and of c and h from before the first step on."""
 
     def __init__(self, a: Tensor, c: Tensor, h: Tensor) -> None:
         self.a, self.c, self.h = a, c, h
         self.h_before = h[:-1].flatten(0, 1)
 
 
-class _Cotangents:
-    """Of a, c and h per step."""
+class Cotangents:
+    """Cotangents of a, c and h per step."""
 
     def __init__(self, a: Tensor, c: Tensor, h: Tensor) -> None:
         self.a, self.c, self.h = a, c, h
@@ -218,90 +213,3 @@ def _lengths(rows: Tensor) -> Tensor:
 def _by_step(*sequences: Tensor) -> list[tuple[Tensor, ...]]:
     """Views of each step, made at once: one by one they would take as long as the arithmetic."""
     return [sequence.unbind() for sequence in sequences]
-
-
-class _Lstm(Rule):
-    """Sums over all steps, with only the recurrences step by step."""
-
-    def of(self, call: Call) -> Rule | None:
-        plain = call.mode == _LSTM and not call.batch_sizes and call.input.dtype == torch.float32
-        return self if plain else None
-
-    def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        layer, moved, _ = self._moved(call, dots)
-        return layer.outputs(moved)
-
-    def _moved(self, call: Call, dots: Tensors) -> tuple[_Layer, _Moved, Tensor | None]:
-        layer = _Layer(call)
-        a, half = layer.linear(dots)
-        return layer, layer.push(a, dots[5], dots[6]), half
-
-    def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
-        layer, moved, half = self._moved(call, dots)
-        second = layer.second(dots, ddots, moved, half)
-        return layer.outputs(moved), layer.outputs(second)
-
-    def adjoint(
-        self, call: Call, dots: Tensors, cotangents: Tensors
-    ) -> tuple[Tensors, Tensor | None]:
-        layer, moved, half = self._moved(call, dots)
-        back = layer.pull(*layer.arriving(cotangents))
-        numbers = list(map(real_dot, (back.a, back.c, back.h), layer.bends(moved)))
-        if half is not None:
-            numbers.append(2 * real_dot(back.rows, half))
-        u = dots[2]
-        if u is not None:
-            # <a^, h' U'^T> in the order that makes the smaller product.
-            numbers.append(2 * real_dot(multiply(back.rows, u), moved.h_before))
-        return layer.outputs(moved), torch.stack(numbers).sum()
-
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, tuple[_Layer, _Moved]]:
-        layer, moved, _ = self._moved(call, dots)
-        return layer.outputs(moved), (layer, moved)
-
-    def turn(
-        self,
-        call: Call,
-        dots: Tensors,
-        cotangents: Tensors,
-        turned: Tensors,
-        kept: Any,
-    ) -> Tensors:
-        """The derivative of the recurrence of cotangents is the same with what bends added."""
-        layer, moved = kept
-        x, w, u, *_ = dots
-        x = None if x is None else layer.rows(x)
-        back = layer.pull(*layer.arriving(cotangents))
-        i, f, g, o = (layer.slope * moved.a).unbind(2)
-        c, tau = moved.c[1:], layer.tanh_slope
-        h_change, c_change = layer.arriving(turned)
-        if u is not None:
-            h_change[:-1] += (back.rows @ u).view_as(moved.h[1:])[1:]
-        c_change[:-1] += f[1:] * back.c[1:]
-        c_change += back.h * tau * (o - 2 * layer.s[:, :, 3] * layer.tanh_c * c)
-        s_change = torch.stack([g, moved.c[:-1], i, tau * c], 2)
-        s_change[:, :, :3] *= back.c.unsqueeze(2)
-        s_change[:, :, 3] *= back.h
-        added = s_change.mul_(layer.slope).addcmul_(back.a * layer.curl, moved.a)
-        change = layer.pull(h_change, c_change, added)
-        # Where the state before the first step is an input, so is its cotangent an output.
-        first, first_change = (t.rows[: layer.batch] for t in (back, change))
-        to_h = _turned(first_change, layer.u, first, u)
-        to_c = layer.s[0, :, 1] * change.c[0] + f[0] * back.c[0]
-        to_x = _turned(change.rows, layer.w, back.rows, w)
-        to_w = _turned(change.rows.t(), layer.x, back.rows.t(), x)
-        to_u = _turned(change.rows.t(), layer.h_before, back.rows.t(), moved.h_before)
-        to_b = change.rows.sum(0)
-        to_x = layer.along_time(to_x.view(layer.steps, layer.batch, -1))
-        shapes = (call.input, call.weight0, call.weight1, to_b, to_b, call.hx_, call.cx_)
-        parts = (to_x, to_w, to_u, to_b, to_b, to_h, to_c)
-        return tuple(part.view_as(like) for part, like in zip(parts, shapes, strict=True))
-
-
-def _turned(change: Tensor, factor: Tensor, cotangent: Tensor, moved: Tensor | None) -> Tensor:
-    """How the cotangent times the factor changes, if either moves."""
-    product = matmul(change, factor)
-    return product if moved is None else matmul(cotangent, moved, product)
-
-
-register("MkldnnRnnLayerBackward0", _Lstm())
