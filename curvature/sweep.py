@@ -1,9 +1,8 @@
-"""The tangent passes over a graph: Algorithm 2, second-order jets, and Hessian-vector products."""
+"""What tangent passes over a graph answer: Algorithm 2, jets, and Hessian-vector products."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +16,11 @@ from curvature.differentiable import WeightNorm
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
 from curvature.graph import Call, Edge, Graph, Tensors
-from curvature.half_precision import in_range, over, promoted
+from curvature.half_precision import over, promoted
+from curvature.pushforward import Pushforward
 from curvature.quadratic import Quadratic
-from curvature.rules import rule_of
-from curvature.rules.local import LocalDoubleBackward
-from curvature.rules.precision import products_in
 from curvature.rules.rule import Rule
 from curvature.saved import Saved
-
-_log = logging.getLogger(__name__)
-_noted: set[str] = set()
 
 keep_freed_memory()
 
@@ -57,25 +51,14 @@ class Sweep:
     ) -> None:
         forward.forget_products()
         self._graph = Graph(losses, params, forward.products)
-        self._forward_pass, self._product_dtype = forward, product_dtype
+        self._pushforward = Pushforward(self._graph, forward, product_dtype)
+        self._forward = forward
         self._root = losses
         self._losses = losses.detach().clone()
         self._params = list(params)
-        self._rules = [rule_of(call) for call in self._graph.calls]
-        for call, rule in zip(self._graph.calls, self._rules, strict=True):
-            try:
-                rule.check(call)
-            except NotTwiceDifferentiable as error:
-                raise self._located(call, error) from error
-        unruled = [i for i, rule in enumerate(self._rules) if isinstance(rule, LocalDoubleBackward)]
-        names = {self._graph.calls[i].name for i in unruled}
-        # Only a derivative tells whether an operation has one; that of a rule is known.
-        self._surely_from = unruled[-1] if unruled else 0
-        self._note = f" (double backward: {', '.join(sorted(names))})" if names else ""
-        for name in sorted(names - _noted):
-            _noted.add(name)
-            _log.info("no rule for %s: it is differentiated by its own double backward", name)
-        self.cotangents = Cotangents(self._graph, self._rules)
+        unruled = ", ".join(self._pushforward.unruled)
+        self._note = f" (double backward: {unruled})" if unruled else ""
+        self.cotangents = Cotangents(self._graph, self._pushforward.rules)
 
     @staticmethod
     def available() -> bool:
@@ -97,7 +80,7 @@ class Sweep:
             slopes.mean(),
             curvature,
             "tangent" + self._note,
-            contributions=Contributions(self._forward_pass.origins, terms),
+            contributions=Contributions(self._forward.origins, terms),
         )
 
     def _need_cotangents(self) -> None:
@@ -124,7 +107,7 @@ class Sweep:
         """Whether a hook may have changed a cotangent of the backward pass."""
         # Modules with backward hooks put this operation into the graph.
         modules = any(call.name == "BackwardHookFunctionBackward" for call in self._graph.calls)
-        return modules or self._forward_pass.hooks_interfere
+        return modules or self._forward.hooks_interfere
 
     def doubtful(self) -> bool:
         """Whether the backward pass may compute another gradient than that of the loss."""
@@ -155,7 +138,7 @@ class Sweep:
         its operation and its number in autograd's sequence; calls to skip count for linear.
         """
         terms = []
-        direction, s = self._in_range(direction)
+        direction, s = self._pushforward.in_range(direction, self._params)
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
             cotangents = None if i in skip else self.cotangents.of(i)
@@ -167,13 +150,13 @@ class Sweep:
                 terms.append((call.name, call.node._sequence_nr(), number))
             return outputs
 
-        return over(self._filled(self._carry(direction, step)), s), terms
+        tangent = self._pushforward.run(direction, step)
+        self.cotangents.rest()
+        return over(self._filled(tangent), s), terms
 
     @torch.no_grad()
-    def gauss_newton(
-        self, direction: Sequence[Tensor], outputs: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The losses' tangent, and v^T G v: the terms of what ``outputs`` do not depend on.
+    def gauss_newton(self, direction: Sequence[Tensor], outputs: Sequence[Tensor]) -> Quadratic:
+        """Slope, and the curvature v^T G v: the terms of what ``outputs`` do not depend on.
 
         Raises:
             ValueError: a hook changed the cotangents that this needs, or the outputs are others.
@@ -183,7 +166,8 @@ class Sweep:
         if not model and not any(self._graph.is_parameter(y) for y in outputs):
             raise ValueError("the loss was not computed from these outputs, nor they from params")
         slopes, terms = self.adjoint(direction, skip=model)
-        return slopes, _total([number for _, _, number in terms], self._losses)
+        curvature = _total([number for _, _, number in terms], self._losses)
+        return Quadratic(self._losses.mean(), slopes.mean(), curvature, "gauss-newton")
 
     @torch.no_grad()
     def jets(self, direction: Sequence[Tensor], *, last: bool = False) -> tuple[Tensor, Tensor]:
@@ -193,7 +177,7 @@ class Sweep:
         ``last``, what the forward pass lets be freed is freed on the way.
         """
         seconds: dict[Edge, Tensor] = {}
-        direction, s = self._in_range(direction)
+        direction, s = self._pushforward.in_range(direction, self._params)
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
             ddots = tuple(None if e is None else seconds.get(e) for e in call.inputs)
@@ -203,8 +187,8 @@ class Sweep:
                     seconds[call.node, k] = promoted(second, call.kinds[k][1])
             return outputs
 
-        saved = self._forward_pass.saved if last else None
-        tangent = self._carry(
+        saved = self._forward.saved if last else None
+        tangent = self._pushforward.run(
             direction,
             step,
             dying=lambda edge: seconds.pop(edge, None),
@@ -215,11 +199,11 @@ class Sweep:
 
     def _free(self, i: int, saved: Saved) -> None:
         """Drop what call i has saved; but as long as a call may refuse, it is needed to go back."""
-        if i < self._surely_from:
+        if i < self._pushforward.surely_from:
             return
-        for call in self._graph.calls[0 if i == self._surely_from else i : i + 1]:
+        for call in self._graph.calls[0 if i == self._pushforward.surely_from else i : i + 1]:
             call.product = None
-            self._forward_pass.products.pop(call.node, None)
+            self._forward.products.pop(call.node, None)
             saved.free(call.node)
 
     @torch.no_grad()
@@ -230,7 +214,7 @@ class Sweep:
             ValueError: a hook changed the cotangents that this needs.
         """
         self._need_cotangents()
-        vector, s = self._in_range(vector)
+        vector, s = self._pushforward.in_range(vector, self._params)
         moving: list[tuple[int, Tensors, Any]] = []
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
@@ -238,18 +222,18 @@ class Sweep:
             moving.append((i, dots, kept))
             return outputs
 
-        self._carry(vector, step)
+        self._pushforward.run(vector, step)
         cots: dict[Edge, Tensor] = {}
         leaves = set(self._graph.leaves)
         while moving:
             i, dots, kept = moving.pop()
-            call, rule = self._graph.calls[i], self._rules[i]
+            call, rule = self._graph.calls[i], self._pushforward.rules[i]
             turned = tuple(cots.get(edge) for edge in call.outputs)
             cotangents = self.cotangents.of(i) or (None,) * len(turned)
             try:
                 changes = rule.turn(call, dots, cotangents, turned, kept)
             except NotTwiceDifferentiable as error:
-                raise self._located(call, error) from error
+                raise self._pushforward.located(call, error) from error
             for done in call.outputs:
                 if done not in leaves:
                     cots.pop(done, None)
@@ -262,55 +246,6 @@ class Sweep:
             over(cots[edge].to(p), s) if edge in cots else torch.zeros_like(p)
             for edge, p in zip(self._graph.leaves, self._params, strict=True)
         ]
-
-    def _in_range(self, direction: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
-        """A direction whose tangents this graph can hold, and by how much it is longer."""
-        half = self._product_dtype == torch.float16 or any(
-            dtype == torch.float16 for call in self._graph.calls for _, dtype in call.kinds
-        )
-        if not half:
-            return direction, 1.0
-        return in_range(direction, self._params)
-
-    def _carry(
-        self,
-        direction: Sequence[Tensor],
-        step: Callable[[int, Call, Rule, Tensors], Tensors],
-        dying: Callable[[Edge], object] = lambda edge: None,
-        done: Callable[[int], object] = lambda i: None,
-    ) -> Tensor | None:
-        """Carry tangents from the parameters to the losses, dropping each after its last use."""
-        uses = dict(self._graph.uses)
-        dots: dict[Edge, Tensor] = {}
-        for edge, v in zip(self._graph.leaves, direction, strict=True):
-            dots[edge] = v if edge not in dots else dots[edge] + v
-        with products_in(self._product_dtype):
-            for i, (call, rule) in enumerate(zip(self._graph.calls, self._rules, strict=True)):
-                arriving = tuple([None if edge is None else dots.get(edge) for edge in call.inputs])
-                if any(dot is not None for dot in arriving):
-                    try:
-                        outputs = step(i, call, rule, arriving)
-                    except NotTwiceDifferentiable as error:
-                        raise self._located(call, error) from error
-                    for k, dot in enumerate(outputs):
-                        if dot is not None:
-                            moving = promoted(dot, call.kinds[k][1])
-                            # A parameter that is itself computed moves on its own as well.
-                            before = dots.get((call.node, k))
-                            dots[call.node, k] = moving if before is None else before + moving
-                for used in call.inputs:
-                    if used is not None:
-                        uses[used] -= 1
-                        if uses[used] == 0:
-                            dots.pop(used, None)
-                            dying(used)
-                done(i)
-        self.cotangents.rest()
-        return dots.get(self._graph.root)
-
-    def _located(self, call: Call, error: NotTwiceDifferentiable) -> NotTwiceDifferentiable:
-        origin = self._forward_pass.origins.of(call.name, call.node._sequence_nr())
-        return NotTwiceDifferentiable(f"{origin}: {error}")
 
     def _filled(self, losses: Tensor | None) -> Tensor:
         if losses is None:

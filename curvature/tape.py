@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from curvature.allocation import large_blocks_apart
 from curvature.differentiable import derivative_mode, twice_differentiable
-from curvature.errors import NotTwiceDifferentiable
+from curvature.engines import Engines
 from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradients
 from curvature.hooked import check_slope, parameter_hooks_off
-from curvature.losses import is_finite
 from curvature.nested import NestedDerivatives
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
-from curvature.reference import DoubleBackward
 from curvature.sweep import Sweep
-from curvature.trees import Flat, flatten_direction
+from curvature.trees import flatten_direction
 from curvature.uncompiled import uncompiled
 
 ENGINES = ("auto", "reference")
 _PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-Answer = TypeVar("Answer")
 
 
 class Tape:
@@ -97,9 +93,7 @@ class Tape:
         self._low_memory, self._tangent_dtype = low_memory, tangent_dtype
         self._recorded = False
         self._reevaluation = Reevaluation()
-        self._losses: Tensor | None = None
-        self._params: Flat | None = None
-        self._engine: Sweep | DoubleBackward | None = None
+        self._engines: Engines | None = None
         self._hooked_gradient: list[Tensor | None] | None = None
 
     def __enter__(self) -> Tape:
@@ -162,10 +156,10 @@ class Tape:
             {'x': tensor([2., 4.])}
         """
         flat = check_differentiable(losses, params)
-        self._losses, self._params, self._engine, self._hooked_gradient = losses, flat, None, None
+        self._engines, self._hooked_gradient = None, None
         with self._deriving(losses):
-            with parameter_hooks_off(flat.leaves):
-                sweep = self._sweep()
+            engines = Engines(losses, flat, self._forward, self._tangent_dtype)
+            sweep = engines.sweep
             keep = cotangents and not self._low_memory
             with sweep.cotangents.collecting() if sweep and keep else nullcontext():
                 leaves = gradients(losses, flat, retain_graph=True, accumulate=accumulate)
@@ -177,6 +171,7 @@ class Tape:
             )
             if sweep.doubtful() and not changed:
                 self._hooked_gradient = [None if g is None else g.clone() for g in leaves]
+        self._engines = engines
         return flat.rebuild(leaves)
 
     def directional(self, direction: Any, *, per_sample: bool = False) -> Quadratic:
@@ -205,17 +200,16 @@ class Tape:
             >>> q.slope, q.curvature
             (tensor(5.), tensor(4.))
         """
-        losses, params = self._state()
-        if per_sample and losses.ndim == 0:
+        engines = self._answering()
+        if per_sample and engines.losses.ndim == 0:
             raise ValueError(
                 "per_sample=True needs one loss per sample, but the loss is a scalar; "
                 'use reduction="none" and leave the mean to this package'
             )
-        leaves = flatten_direction(direction, params)
-        q = self._answer(lambda engine: engine.directional(leaves, per_sample=per_sample))
-        if isinstance(self._engine, Sweep) and not self._low_memory and not _is_finite(q):
-            q = self._by_reference(q, leaves, per_sample=per_sample)
-        if self._hooked_gradient is not None and isinstance(self._engine, Sweep):
+        leaves = flatten_direction(direction, engines.params)
+        with self._deriving(engines.losses):
+            q = engines.directional(leaves, per_sample=per_sample, again=not self._low_memory)
+        if self._hooked_gradient is not None:
             check_slope(q.slope, self._hooked_gradient, leaves)
         return q
 
@@ -245,20 +239,18 @@ class Tape:
             >>> tape.gauss_newton([torch.ones(2)], output).curvature  # sum of (3 x^2)^2
             tensor(153.)
         """
-        losses, params = self._state()
-        leaves = flatten_direction(direction, params)
+        engines = self._answering()
+        leaves = flatten_direction(direction, engines.params)
         given = [outputs] if isinstance(outputs, (Tensor, type(None))) else list(outputs)
         if not given or not all(isinstance(y, Tensor) and y.requires_grad for y in given):
             raise TypeError(
                 "outputs must be tensors with a graph: what the model returned inside the block"
             )
-        if not isinstance(self._engine, Sweep):
-            raise ValueError("the reference engine has no Gauss-Newton curvature")
-        engine = self._engine
-        with self._deriving(losses), parameter_hooks_off(params.leaves):
-            slopes, curvature = engine.gauss_newton(leaves, given)
-        value = losses.detach().mean()
-        return Quadratic(value, slopes.mean(), curvature, "gauss-newton")
+        sweep = engines.sweep
+        if sweep is None:
+            raise engines.refusal or ValueError("the reference has no Gauss-Newton curvature")
+        with self._deriving(engines.losses), parameter_hooks_off(engines.params.leaves):
+            return sweep.gauss_newton(leaves, given)
 
     def hvp(self, vector: Any) -> Any:
         """The Hessian-vector product H v of the mean loss, a pytree like params.
@@ -276,68 +268,15 @@ class Tape:
             >>> tape.hvp([torch.tensor([2.0, 1.0])])
             [tensor([1., 2.])]
         """
-        _, params = self._state()
-        leaves = flatten_direction(vector, params, argument="vector")
-        return params.rebuild(self._answer(lambda engine: engine.hvp(leaves)))
+        engines = self._answering()
+        leaves = flatten_direction(vector, engines.params, argument="vector")
+        with self._deriving(engines.losses):
+            return engines.params.rebuild(engines.ask(lambda engine: engine.hvp(leaves)))
 
-    def _state(self) -> tuple[Tensor, Flat]:
-        if self._losses is None or self._params is None:
+    def _answering(self) -> Engines:
+        if self._engines is None:
             raise RuntimeError("call backward(losses, params) before asking for curvature")
-        return self._losses, self._params
-
-    def _sweep(self) -> Sweep | None:
-        """The engine for the losses, or None where the reference has to serve."""
-        if self._forward is None:
-            return None
-        losses, params = self._state()
-        try:
-            sweep = Sweep(losses, params.leaves, self._forward, self._tangent_dtype)
-        except NotTwiceDifferentiable as refusal:
-            self._engine = self._reference(refusal)
-            return None
-        self._engine = sweep
-        return sweep
-
-    def _reference(self, refusal: NotTwiceDifferentiable) -> DoubleBackward:
-        """The other engine, which may serve where one operation's share has no derivative."""
-        losses, params = self._state()
-        try:
-            reference = DoubleBackward(losses, params.leaves)
-            # Only a derivative tells whether there is one.
-            reference.hvp([torch.zeros_like(p) for p in params.leaves])
-        except NotTwiceDifferentiable:
-            raise refusal from None
-        return reference
-
-    def _by_reference(
-        self, q: Quadratic, direction: list[Tensor], *, per_sample: bool
-    ) -> Quadratic:
-        """The answer where a tangent of zero has met a slope that is infinite, if there is one."""
-        losses, params = self._state()
-        with self._deriving(losses), parameter_hooks_off(params.leaves):
-            try:
-                reference = DoubleBackward(losses, params.leaves)
-                known = reference.directional(direction, per_sample=per_sample)
-            except NotTwiceDifferentiable:
-                return q
-        return known if _is_finite(known) else q
-
-    def _answer(self, question: Callable[[Sweep | DoubleBackward], Answer]) -> Answer:
-        losses, params = self._state()
-        with self._deriving(losses), parameter_hooks_off(params.leaves):
-            if self._engine is None:
-                # On demand: a gradient alone must not pay for the graph of its derivative.
-                self._engine = DoubleBackward(losses, params.leaves)
-            try:
-                return question(self._engine)
-            except NotTwiceDifferentiable as refusal:
-                if isinstance(self._engine, DoubleBackward):
-                    raise
-                reference = self._reference(refusal)
-                try:
-                    return question(reference)
-                except NotTwiceDifferentiable:
-                    raise refusal from None
+        return self._engines
 
     @contextmanager
     def _deriving(self, losses: Tensor) -> Iterator[None]:
@@ -351,8 +290,3 @@ class Tape:
             nullcontext() if self._forward is None else self._forward.evaluated_again(),
         ):
             yield
-
-
-def _is_finite(q: Quadratic) -> bool:
-    numbers = q if q.per_sample is None else q.per_sample
-    return is_finite(numbers.slope) and is_finite(numbers.curvature)

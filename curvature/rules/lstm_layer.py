@@ -130,7 +130,7 @@ class LstmLayer:
         return moved
 
     def bends(self, moved: Moved) -> tuple[Tensor, Tensor, Tensor]:
-        """The bends of the gates by their slope, of ``c = f c_before + i g`` and ``h = o tanh(c)``."""
+        """What bends the gates by their slope, ``c = f c_before + i g``, and ``h = o tanh(c)``."""
         i, f, g, o = (self.slope * moved.a).unbind(2)
         c = moved.c[1:]
         return (
