@@ -68,27 +68,27 @@ def _div_number(call: Call, x: Tensor) -> Tensor:
 
 @linear("SumBackward0")
 def _sum(call: Call, x: Tensor) -> Tensor:
-    return x.sum()
+    return x.sum(dtype=call.kinds[0][1])
 
 
 @linear("SumBackward1")
 def _sum_over(call: Call, x: Tensor) -> Tensor:
-    return x.sum(call.dim, call.keepdim)
+    return x.sum(call.dim, call.keepdim, dtype=call.kinds[0][1])
 
 
 @linear("MeanBackward0")
 def _mean(call: Call, x: Tensor) -> Tensor:
-    return x.mean()
+    return x.mean(dtype=call.kinds[0][1])
 
 
 @linear("MeanBackward1")
 def _mean_over(call: Call, x: Tensor) -> Tensor:
-    return x.mean(call.dim, call.keepdim)
+    return x.mean(call.dim, call.keepdim, dtype=call.kinds[0][1])
 
 
 @linear("CumsumBackward0")
 def _cumsum(call: Call, x: Tensor) -> Tensor:
-    return x.cumsum(call.dim)
+    return x.cumsum(call.dim, dtype=call.kinds[0][1])
 
 
 class _Embedding(Linear):
