@@ -14,6 +14,16 @@ from curvature.nodes import nodes_behind
 _WRONG = {
     # Reached where the call was not seen by the mode that replaces it, as inside TorchScript.
     "WeightNormInterfaceBackward0": "PyTorch's second derivative of fused weight_norm is wrong",
+    **{
+        f"{name}AutogradOpBackward": f"PyTorch has no right second derivative of {function}"
+        for name, function in (
+            ("Cond", "torch.cond"),
+            ("FlexAttention", "flex_attention"),
+            ("Map", "the operator map"),
+            ("Scan", "the operator scan"),
+            ("WhileLoop", "the operator while_loop"),
+        )
+    },
     # torch.autograd.grad never runs this node, which would raise: it leads to no parameter.
     "torch::autograd::Error": "a custom autograd.Function is marked once_differentiable",
 }

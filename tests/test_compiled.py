@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import curvature
-from curvature import calls, module_calls
+from curvature import NotTwiceDifferentiable, calls, module_calls
 from optim import GeN, Rescaled
 from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
 
@@ -211,3 +211,32 @@ def test_hooks_serve_until_something_is_compiled() -> None:
     assert not calls._something_compiled()
     torch.compile(nn.Linear(2, 2), backend="eager")
     assert calls._something_compiled()
+
+
+def conditional(w: Tensor) -> Tensor:
+    return torch.cond(X.sum() > 1e9, lambda a: (a @ w).cos(), lambda a: (a @ w).sin(), (X,))
+
+
+def conditional_with_operands(w: Tensor) -> Tensor:
+    return torch.cond(X.sum() > 1e9, torch.cos, torch.sin, (X @ w,))
+
+
+X = torch.linspace(-1, 1, 12, dtype=F64).view(3, 4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("function", [conditional, conditional_with_operands])
+def test_control_flow_keeps_its_gradient_and_has_no_second(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    w = torch.randn(4, 2, dtype=F64, requires_grad=True)
+    expected = 2 * X.T @ ((X @ w).sin() * (X @ w).cos()).detach()
+
+    def loss(w: Tensor) -> Tensor:
+        return function(w).square().sum()
+
+    GeN(torch.optim.SGD([w], lr=0.1)).step(lambda: loss(w))
+    torch.testing.assert_close(w.grad, expected)
+    for engine in ("auto", "reference"):
+        with pytest.raises(NotTwiceDifferentiable, match="no right second derivative"):
+            curvature.directional(loss, w, w.detach(), engine=engine)

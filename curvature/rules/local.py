@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from curvature.audit import obstacle_of
 from curvature.errors import NotTwiceDifferentiable, tells_no_second_derivative
 from curvature.graph import Call, Tensors
 from curvature.nodes import nodes_behind
@@ -43,6 +44,9 @@ class LocalDoubleBackward(Rule):
         self._proved: set[str] = set()
 
     def check(self, call: Call) -> None:
+        reason = obstacle_of(call.node)
+        if reason is not None:
+            raise _refusal(call, reason)
         # A Python function's name does not tell which one it is.
         if call.name not in self._proved or call.is_python:
             local = _Local(call, call.still(), call.zeros())
