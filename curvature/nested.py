@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from curvature.audit import is_wrong_twice
 from curvature.errors import NotTwiceDifferentiable
-from curvature.nodes import nodes_behind
+from curvature.nodes import node_of, nodes_behind
 
 # Their forward-mode derivatives use results of the forward pass that have no graph.
 _WRONG_AHEAD = {
@@ -43,7 +44,9 @@ _WRONG_AHEAD = {
     torch.orgqr,
     Tensor.orgqr,
 }
-CHECKED = {torch.autograd.grad, *_WRONG_AHEAD}
+_GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+CHECKED = _GRADIENTS | _WRONG_AHEAD
+_ONCE = once_differentiable(tuple).__code__
 
 
 class NestedDerivatives(TorchFunctionMode):
@@ -61,7 +64,8 @@ def check_call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, 
 
     Raises:
         NotTwiceDifferentiable: a forward-mode derivative of a function whose tangents lose a part
-            of their graph, or a second derivative through layer or batch normalisation.
+            of their graph, a second derivative through layer or batch normalisation, or a gradient
+            through a function that is marked once_differentiable.
     """
     if func in _WRONG_AHEAD and forward_ad._current_level >= 0 and torch.is_grad_enabled():
         raise NotTwiceDifferentiable(
@@ -69,13 +73,28 @@ def check_call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, 
             f"torch.autograd.forward_ad) through {func.__name__}, of which PyTorch's gradient is "
             "wrong: take it in reverse mode (torch.func.grad, vjp or jacrev, torch.autograd.grad)"
         )
-    if func is torch.autograd.grad and kwargs.get("create_graph") and _is_second(*args[:2]):
-        raise NotTwiceDifferentiable(
-            "the loss takes a second derivative through layer or batch normalisation, of which "
-            "PyTorch's gradient is wrong: write the normalisation with mean and var"
-        )
+    if func in _GRADIENTS and kwargs.get("create_graph"):
+        inputs = args[1] if func is torch.autograd.grad else kwargs.get("inputs")
+        _check_between(_as_list(args[0]), _as_list(inputs))
 
 
-def _is_second(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Whether a gradient of a normalisation lies between them."""
-    return any(map(is_wrong_twice, nodes_behind(outputs, {x.grad_fn for x in inputs})))
+def _check_between(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
+    for node in nodes_behind(outputs, {node_of(x) for x in inputs}):
+        if is_wrong_twice(node):
+            raise NotTwiceDifferentiable(
+                "the loss takes a second derivative through layer or batch normalisation, of which "
+                "PyTorch's gradient is wrong: write the normalisation with mean and var"
+            )
+        function = getattr(node, "_forward_cls", None)
+        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
+            raise NotTwiceDifferentiable(
+                f"the loss takes a gradient through {node.name()}, which is marked "
+                "once_differentiable, so that PyTorch takes this gradient for constant: compute "
+                "it without create_graph, or give the function a backward pass that differentiates"
+            )
+
+
+def _as_list(tensors: Any) -> Sequence[Any]:
+    if tensors is None:
+        return []
+    return tensors if isinstance(tensors, Sequence) else [tensors]

@@ -345,3 +345,85 @@ def test_two_steps_of_gradient_descent_through_layer_norm() -> None:
         return inner(w)
 
     check_directional(outer, w, torch.randn_like(w), step=0.02)
+
+
+def bent_twice(differentiate: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
+    """As of a network with layer norm, by backward passes that leave the gradients in .grad."""
+    points = torch.randn(3, 4, dtype=F64)
+
+    def losses(weights: Tensor) -> Tensor:
+        x = points.clone().requires_grad_()
+        y = F.layer_norm((x @ weights).tanh(), (4,)).exp()
+        for _ in range(2):
+            differentiate(y.sum())
+            y, x.grad = x.grad.square(), None
+        return y.sum()
+
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda loss: loss.backward(create_graph=True),
+        lambda loss: torch.autograd.backward(loss, create_graph=True),
+    ],
+    ids=["Tensor", "autograd"],
+)
+def test_second_derivatives_by_backward(
+    differentiate: Callable[[Tensor], None], engine: str
+) -> None:
+    x, v = torch.randn(2, 4, 4, dtype=F64)
+    with pytest.raises(NotTwiceDifferentiable, match="write the normalisation with mean and var"):
+        directional(bent_twice(differentiate), x, v, engine=engine)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "function",
+    [Once.apply, lambda x: torch.distributions.Dirichlet(x.exp()).rsample().square()],
+    ids=["own", "Dirichlet"],
+)
+def test_a_gradient_that_pytorch_takes_for_constant(
+    function: Callable[[Tensor], Tensor], engine: str
+) -> None:
+    points = torch.randn(3, 4, dtype=F64)
+
+    def penalty(weights: Tensor) -> Tensor:
+        x = points.clone().requires_grad_()
+        (slopes,) = torch.autograd.grad(function(x @ weights).sum(), x, create_graph=True)
+        return slopes.square().sum()
+
+    x, v = torch.randn(2, 4, 4, dtype=F64)
+    with pytest.raises(NotTwiceDifferentiable, match="is marked once_differentiable, so that"):
+        directional(penalty, x, v, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_a_gradient_at_an_edge(engine: str) -> None:
+    points = torch.randn(3, 4, dtype=F64)
+
+    def penalty(weights: Tensor) -> Tensor:
+        hidden = (points @ weights).sin()
+        edge = torch.autograd.graph.get_gradient_edge(hidden)
+        (slopes,) = torch.autograd.grad(hidden.exp().sum(), edge, create_graph=True)
+        return slopes.square().sum()
+
+    x, v = torch.randn(2, 4, 3, dtype=F64)
+    q = directional(penalty, x, v, engine=engine)
+    expected = directional(lambda w: (2 * (points @ w).sin()).exp().sum(), x, v)
+    torch.testing.assert_close(q.curvature, expected.curvature)
