@@ -1,6 +1,7 @@
 """Every rule against the reference, in float64 and with any of its inputs moving."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from curvature import Tape
+from curvature import Tape, directional
 from curvature.differentiable import WeightNorm
 from curvature.rules import families, table
 
@@ -154,6 +155,7 @@ simple(
 )
 simple(
     positive,
+    SincBackward0=lambda x: torch.sinc(x - 0.5),
     LogBackward0=torch.log,
     Log2Backward0=torch.log2,
     Log10Backward0=torch.log10,
@@ -761,3 +763,11 @@ def test_a_function_of_which_one_output_has_no_second_cotangent() -> None:
         return square.sin() + shifted
 
     check_agreement(func, torch.randn(3, dtype=F64), torch.randn(3, dtype=F64))
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-9, 1e-3, 0.1, 0.16, 0.5, 1.0, -0.1])
+def test_the_second_derivative_of_sinc_where_its_formula_loses_digits(x: float) -> None:
+    terms = ((-1) ** k * math.pi ** (2 * k) / math.factorial(2 * k + 1) for k in range(30))
+    second = sum(c * 2 * k * (2 * k - 1) * x ** (2 * k - 2) for k, c in enumerate(terms) if k)
+    q = directional(torch.sinc, torch.tensor(x, dtype=F64), torch.tensor(1.0, dtype=F64))
+    assert float(q.curvature) == pytest.approx(second, rel=1e-11)
