@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.calls import module_calls
+from curvature.versions import same, version
 
 
 class Reevaluation:
@@ -40,16 +41,16 @@ class Reevaluation:
             for name, tensor in _tensors(module):
                 held = self._held.setdefault((module, name), [])
                 if not any(tensor is other for other, _ in held):
-                    held.append((tensor, _version(tensor)))
+                    held.append((tensor, version(tensor)))
 
     def _compare(self, module: nn.Module) -> None:
         for name, tensor in _tensors(module):
-            for other, version in self._held.get((module, name), []):
+            for other, before in self._held.get((module, name), []):
                 # A buffer may have been written by the very call that is repeated.
                 if tensor is other:
-                    differs = name in module._parameters and _version(tensor) != version
+                    differs = name in module._parameters and version(tensor) != before
                 else:
-                    differs = not torch.equal(tensor, other)
+                    differs = not same(tensor, other)
                 if differs:
                     raise ValueError(
                         f"checkpointing evaluates {type(module).__name__} again with another "
@@ -57,11 +58,6 @@ class Reevaluation:
                         "step; load values into the module instead of lending them by "
                         "torch.func.functional_call; or switch checkpointing off"
                     )
-
-
-def _version(tensor: Tensor) -> int:
-    # Inference tensors do not count what is written to them.
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from curvature.calls import module_calls
+from curvature.versions import comparable, version
 
 _NEW = object()  # stands for the content of a buffer before it was registered
 
@@ -54,10 +55,11 @@ def _cuda_in_use() -> bool:
 
 
 class _Calls(threading.local):
-    """Of modules, that a thread is in: how many, and the buffers before the outermost."""
+    """The modules that a thread is in: how many, the outermost, and its buffers before the call."""
 
     def __init__(self) -> None:
         self.depth = 0
+        self.outermost: nn.Module | None = None
         self.slots: dict[tuple[nn.Module, str], Tensor | None] = {}
 
 
@@ -112,6 +114,9 @@ class SideEffects:
         trace: TracebackType | None,
     ) -> None:
         self._watching.__exit__(None, None, None)
+        if self._calls.depth > 0 and self._calls.outermost is not None:
+            # An interrupt from the keyboard passes PyTorch's hooks by.
+            self._note_rebound(self._calls.outermost)
         if kind is not None or not self._kept:
             self.rewind()
         self._at_start.clear()
@@ -151,6 +156,7 @@ class SideEffects:
     def _before(self, module: nn.Module) -> None:
         if self._calls.depth == 0:
             self.called.add(module)
+            self._calls.outermost = module
             self._calls.slots = dict(_buffers(module))
             self._copy(self._calls.slots.values())
         self._calls.depth += 1
@@ -161,18 +167,21 @@ class SideEffects:
                 continue
             if not is_functorch_wrapped_tensor(buffer):
                 copy = buffer.detach().clone()
-                self._contents[id(buffer)] = buffer, copy, _version(buffer)
+                self._contents[id(buffer)] = buffer, copy, version(buffer)
 
     def _after(self, module: nn.Module) -> None:
         if self._calls.depth == 0:
             return  # it was called before the block, by another thread
         self._calls.depth -= 1
         if self._calls.depth == 0:
-            for slot, buffer in _buffers(module):
-                before = self._calls.slots.get(slot, _NEW)
-                if buffer is not before:
-                    first = self._rebound.get((*slot, id(before)), (before, before))[1]
-                    self._rebound[(*slot, id(buffer))] = buffer, first
+            self._note_rebound(module)
+
+    def _note_rebound(self, module: nn.Module) -> None:
+        for slot, buffer in _buffers(module):
+            before = self._calls.slots.get(slot, _NEW)
+            if buffer is not before:
+                first = self._rebound.get((*slot, id(before)), (before, before))[1]
+                self._rebound[(*slot, id(buffer))] = buffer, first
 
     @torch.no_grad()
     def _restore_buffers(self) -> None:
@@ -182,16 +191,13 @@ class SideEffects:
                 _fill(module, name, first)
         for slot in [slot for module in self._modules for slot, _ in _buffers(module)]:
             _fill(*slot, self._at_start.get(slot, _NEW))
-        for buffer, copy, version in self._contents.values():
+        for buffer, copy, before in self._contents.values():
             # A write would invalidate graphs that saved the buffer: there is none if it has not
             # changed, and none that autograd counts if that did not count either, as in batch norm.
-            if not torch.equal(buffer, copy):
+            counted = version(buffer) != before
+            if not torch.equal(buffer, copy) if comparable(buffer) else counted:
                 with torch.inference_mode(buffer.is_inference()):
-                    (buffer.data if _version(buffer) == version else buffer).copy_(copy)
-
-
-def _version(buffer: Tensor) -> int:
-    return -1 if buffer.is_inference() else buffer._version
+                    (buffer if counted else buffer.data).copy_(copy)
 
 
 def _fill(module: nn.Module, name: str, buffer: Any) -> None:

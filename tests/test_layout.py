@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "curvature": [
-        {"arguments", "errors", "nodes"},
+        {"arguments", "errors", "nodes", "versions"},
         {"audit"},
         {
             "calls",
