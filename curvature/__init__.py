@@ -2,6 +2,7 @@
 
 from curvature import testing
 from curvature.calls import module_calls
+from curvature.differentiable import evaluation_mode
 from curvature.directional import directional
 from curvature.errors import NonFiniteLoss, NotTwiceDifferentiable
 from curvature.extend import register_rule
@@ -24,6 +25,7 @@ __all__ = [
     "SideEffects",
     "Tape",
     "directional",
+    "evaluation_mode",
     "fit",
     "gradient",
     "hvp",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from curvature.differentiable import evaluation_mode
 from curvature.errors import NonFiniteLoss
 from curvature.losses import check_losses, describe_non_finite, is_finite
 from curvature.side_effects import SideEffects
@@ -49,7 +49,7 @@ class Along:
 
     def _evaluated(self, t: float) -> Tensor:
         pairs = zip(self._params.leaves, self._direction, strict=True)
-        with SideEffects(), torch.set_grad_enabled(self._differentiates):
+        with SideEffects(), evaluation_mode(graph=self._differentiates):
             moved = [
                 (p.detach() + t * v).detach().requires_grad_(self._differentiates) for p, v in pairs
             ]

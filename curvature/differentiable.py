@@ -40,6 +40,29 @@ def derivative_mode(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluation_mode(*, graph: bool = False) -> Iterator[None]:
+    """Inside, a loss is evaluated again as it was with a graph: without one, or with.
+
+    Without a graph PyTorch computes a ``TransformerEncoder`` otherwise, with zeros where its
+    input is padded.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> with evaluation_mode():
+        ...     x.sum().requires_grad
+        False
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.set_grad_enabled(graph):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 class PlainFormulas(TorchFunctionMode):
     """Inside, what PyTorch differentiates wrongly is computed otherwise."""
 
