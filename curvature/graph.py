@@ -60,7 +60,7 @@ class Call:
         if self.is_python:
             return _without_graph(getattr(self.node, name))
         value = getattr(self.node, "_saved_" + name)
-        return value.detach() if type(value) is Tensor else _signed(_without_graph(value))
+        return _without_graph(value) if type(value) is Tensor else _signed(_without_graph(value))
 
     def __repr__(self) -> str:
         return f"Call({self.name})"
@@ -162,7 +162,8 @@ def _like_input(cotangent: Tensor | None, kind: Kind | None) -> Tensor | None:
 
 def _without_graph(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach()
+        # A number that autograd wraps is no tensor to a mode that watches what is dispatched.
+        return value.detach() if value.requires_grad else value
     return tuple(map(_without_graph, value)) if isinstance(value, tuple) else value
 
 
@@ -217,7 +218,7 @@ class Graph:
         """Whether the losses depend on parameter k."""
         return self.leaves[k] in self.uses or self.leaves[k] == self.root
 
-    def behind(self, outputs: Sequence[Tensor]) -> set[int]:
+    def behind(self, outputs: Sequence[Tensor | GradientEdge]) -> set[int]:
         """The positions of the calls that ``outputs`` depend on."""
         made = {call.node: i for i, call in enumerate(self.calls)}
         waiting = [_edge(output)[0] for output in outputs]
@@ -229,11 +230,13 @@ class Graph:
                 waiting += [edge[0] for edge in self.calls[i].inputs if edge is not None]
         return found
 
-    def is_parameter(self, output: Tensor) -> bool:
+    def is_parameter(self, output: Tensor | GradientEdge) -> bool:
         return _edge(output) in self.leaves
 
 
-def _edge(tensor: Tensor) -> Edge:
+def _edge(tensor: Tensor | GradientEdge) -> Edge:
+    if isinstance(tensor, GradientEdge):
+        return tensor.node, tensor.output_nr
     # A subclass would make the view that tells a leaf's edge a node of its own.
     with torch._C.DisableTorchFunctionSubclass():
         edge = get_gradient_edge(tensor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 _EXACT, _ROUGH = 1e-6, 2e-2  # of the sum of absolute values: in double precision, and otherwise
@@ -42,9 +41,16 @@ def parameter_hooks_off(params: Sequence[Tensor]) -> Iterator[None]:
 
 
 def check_slope(
-    slope: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]
+    slope: Tensor,
+    gradient: Sequence[Tensor | None],
+    direction: Sequence[Tensor],
+    *,
+    exact: bool,
 ) -> None:
     """Compare <g, v> with the slope as a tangent pass has it, in which hooks take no part.
+
+    Args:
+        exact: all was computed in double precision.
 
     Raises:
         ValueError: they differ by more than rounding.
@@ -53,8 +59,7 @@ def check_slope(
     terms = [g.double() * v.double() for g, v in pairs if g is not None]
     along = sum(term.sum().item() for term in terms)
     size = abs(slope.item()) + sum(term.abs().sum().item() for term in terms)
-    rough = any(v.dtype != torch.float64 for v in direction)
-    if not abs(along - slope.item()) <= (_ROUGH if rough else _EXACT) * size:
+    if not abs(along - slope.item()) <= (_EXACT if exact else _ROUGH) * size:
         raise ValueError(
             f"the loss has slope {slope.item():.6g} along the direction, but its gradient gives "
             f"{along:.6g}: a backward hook or the backward pass of a function of your own has "

@@ -71,7 +71,7 @@ class DoubleBackward:
             slope = _inner(self._gradient, vector, like=self._weights)
             product = self._differentiate_if_moving(slope, self._params)
         return [
-            torch.zeros_like(p) if h is None else h
+            torch.zeros_like(p) if h is None else h if h.layout == torch.strided else h.to_dense()
             for h, p in zip(product, self._params, strict=True)
         ]
 
@@ -112,7 +112,7 @@ class DoubleBackward:
 def _refusal(reason: str) -> NotTwiceDifferentiable:
     return NotTwiceDifferentiable(
         f"PyTorch cannot differentiate the loss twice: {reason}. Replace that operation by "
-        "others, or use curvature.fit, or to train optim.GeN, which need only forward passes."
+        "others, or use curvature.fit, which needs only forward passes."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from curvature.allocation import keep_freed_memory
 from curvature.contributions import Contributions
@@ -114,6 +114,11 @@ class Sweep:
         functions = {call.function for call in self._graph.calls if call.is_python}
         return self.hooked() or bool(functions - {WeightNorm})
 
+    def in_double(self) -> bool:
+        """Whether all was computed in double precision."""
+        kinds = {dtype for call in self._graph.calls for _, dtype in call.kinds}
+        return kinds <= {torch.float64, torch.complex128}
+
     def checked(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients that autograd gave, as tensors that may be written to.
 
@@ -155,7 +160,9 @@ class Sweep:
         return over(self._filled(tangent), s), terms
 
     @torch.no_grad()
-    def gauss_newton(self, direction: Sequence[Tensor], outputs: Sequence[Tensor]) -> Quadratic:
+    def gauss_newton(
+        self, direction: Sequence[Tensor], outputs: Sequence[Tensor | GradientEdge]
+    ) -> Quadratic:
         """Slope, and the curvature v^T G v: the terms of what ``outputs`` do not depend on.
 
         Raises:

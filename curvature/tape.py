@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd.graph import GradientEdge
 
 from curvature.allocation import large_blocks_apart
 from curvature.differentiable import derivative_mode, twice_differentiable
@@ -209,11 +210,14 @@ class Tape:
         leaves = flatten_direction(direction, engines.params)
         with self._deriving(engines.losses):
             q = engines.directional(leaves, per_sample=per_sample, again=not self._low_memory)
-        if self._hooked_gradient is not None:
-            check_slope(q.slope, self._hooked_gradient, leaves)
+        if self._hooked_gradient is not None and engines.sweep is not None:
+            exact = engines.sweep.in_double()
+            check_slope(q.slope, self._hooked_gradient, leaves, exact=exact)
         return q
 
-    def gauss_newton(self, direction: Any, outputs: Tensor | Sequence[Tensor]) -> Quadratic:
+    def gauss_newton(
+        self, direction: Any, outputs: Tensor | GradientEdge | Sequence[Tensor | GradientEdge]
+    ) -> Quadratic:
         """Value, slope and the curvature v^T G v of the generalised Gauss-Newton matrix.
 
         ``G = J^T H_loss J`` with J the Jacobian of the model's outputs: the curvature of the
@@ -223,7 +227,9 @@ class Tape:
 
         Args:
             direction: pytree like params, or a list of tensors in params' order; not normalised.
-            outputs: what the model returned inside the block, before the loss.
+            outputs: what the model returned inside the block, before the loss. Where the loss
+                writes to it in place, its edge from before: ``torch.autograd.graph``'s
+                ``get_gradient_edge(output)``.
 
         Raises:
             ValueError, TypeError: direction or outputs do not fit; the message says why.
@@ -241,8 +247,12 @@ class Tape:
         """
         engines = self._answering()
         leaves = flatten_direction(direction, engines.params)
-        given = [outputs] if isinstance(outputs, (Tensor, type(None))) else list(outputs)
-        if not given or not all(isinstance(y, Tensor) and y.requires_grad for y in given):
+        single = isinstance(outputs, (Tensor, GradientEdge, type(None)))
+        given: list[Any] = [outputs] if single else list(outputs)
+        if not given or not all(
+            isinstance(y, GradientEdge) or (isinstance(y, Tensor) and y.requires_grad)
+            for y in given
+        ):
             raise TypeError(
                 "outputs must be tensors with a graph: what the model returned inside the block"
             )
@@ -282,6 +292,7 @@ class Tape:
     def _deriving(self, losses: Tensor) -> Iterator[None]:
         # What checkpointing evaluates again must take the same variants as in the forward pass.
         with (
+            _saying_when(),
             uncompiled(),
             self._allocation(),
             self._reevaluation.compared(),
@@ -290,3 +301,19 @@ class Tape:
             nullcontext() if self._forward is None else self._forward.evaluated_again(),
         ):
             yield
+
+
+@contextmanager
+def _saying_when() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _TOO_LATE):
+            raise
+        raise RuntimeError(
+            "what the graph saved has been written to or freed since: ask a tape before the "
+            f"optimizer's step, and before a backward() of your own. {error}"
+        ) from error
+
+
+_TOO_LATE = ("modified by an inplace operation", "Trying to backward through the graph a second")

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -244,3 +245,23 @@ def test_parameters_of_a_subclass_of_tensor() -> None:
     tape.backward(loss, [x])
     q = tape.directional([torch.ones(3, dtype=F64).as_subclass(Plain)])
     assert float(q.curvature) == pytest.approx(2 * float(A.sum()))
+
+
+def test_a_function_of_ones_own_in_half_precision() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * cotangent
+
+    A, x, v = torch.randn(5, 4, dtype=F64), *torch.randn(2, 4, 3, dtype=F64)
+
+    def loss(x: Tensor) -> Tensor:
+        return Square.apply((A @ x).to(torch.bfloat16)).tanh().sum(1).mean()
+
+    fast, exact = directional(loss, x, v), directional(loss, x, v, engine="reference")
+    assert float(fast.slope) == pytest.approx(float(exact.slope), rel=0.02)
