@@ -1,15 +1,15 @@
 """Exact directional curvature of any PyTorch model."""
 
 from curvature import testing
-from curvature.calls import module_calls
 from curvature.differentiable import evaluation_mode
 from curvature.directional import directional
 from curvature.errors import NonFiniteLoss, NotTwiceDifferentiable
 from curvature.extend import register_rule
 from curvature.fit import fit
 from curvature.gradient import gradient
-from curvature.hooked import parameter_hooks_off
+from curvature.hooks import parameter_hooks_off
 from curvature.hvp import hvp
+from curvature.module_calls import module_calls
 from curvature.objective import Objective
 from curvature.quadratic import Quadratic
 from curvature.side_effects import RandomState, SideEffects

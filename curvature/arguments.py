@@ -10,7 +10,7 @@ def check_callable(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; give a function")
 
 
-def number(name: str, value: Any) -> float:
+def as_number(name: str, value: Any) -> float:
     """The value as a float; a tensor of one entry is a number too."""
     try:
         if isinstance(value, str):

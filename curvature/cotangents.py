@@ -14,7 +14,7 @@ from curvature.rules.rule import Rule
 
 
 class Cotangents:
-    """Those of the outputs of every call that bends.
+    """The cotangents of the outputs of every call that bends.
 
     Attributes:
         collected: whether a backward pass has run inside :meth:`collecting`.
@@ -55,7 +55,7 @@ class Cotangents:
         return [g.clone() if g is not None and _memory(g) in kept else g for g in gradients]
 
     def of(self, i: int) -> Tensors | None:
-        """Those of call i: kept, or pulled back through the light operations that follow it."""
+        """The cotangents of call i: kept, or pulled back through the operations that follow it."""
         if self._rules[i].linear:
             return None
         chain = [i]
@@ -107,12 +107,12 @@ def _memory(t: Tensor) -> int | None:
 
 
 def _followers(graph: Graph, rules: Sequence[Rule]) -> dict[int, tuple[int, int]]:
-    """For calls used only by a light operation: that one, and the place among its inputs."""
+    """For calls used by a rematerialised one alone: that one, and the place among its inputs."""
     followers = {}
     made = {call.node: i for i, call in enumerate(graph.calls)}
     for j, (call, rule) in enumerate(zip(graph.calls, rules, strict=True)):
         for place, edge in enumerate(call.inputs):
-            if rule.light and edge is not None and edge[0] in made:
+            if rule.rematerialised and edge is not None and edge[0] in made:
                 i = made[edge[0]]
                 alone = graph.uses[edge] == 1 and edge != graph.root
                 if alone and len(graph.calls[i].outputs) == 1:

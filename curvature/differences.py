@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvature.along import Along
-from curvature.arguments import check_callable, number
+from curvature.arguments import as_number, check_callable
 from curvature.quadratic import Quadratic
 from curvature.trees import flatten_direction, flatten_params
 
@@ -53,7 +53,7 @@ def finite_difference(
         True
     """
     check_callable("func", func)
-    if not 0 < number("step", step) < math.inf:
+    if not 0 < as_number("step", step) < math.inf:
         raise ValueError(f"step is {step}; it must be finite and positive")
     flat = flatten_params(params)
     leaves = flatten_direction(direction, flat)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
-from curvature.hooked import parameter_hooks_off
+from curvature.hooks import parameter_hooks_off
 from curvature.losses import is_finite
 from curvature.quadratic import Quadratic
 from curvature.reference import DoubleBackward

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvature.along import Along
-from curvature.arguments import check_callable
-from curvature.arguments import number as as_number
+from curvature.arguments import as_number, check_callable
 from curvature.losses import is_finite
 from curvature.quadratic import Quadratic
 from curvature.trees import flatten_direction, flatten_params

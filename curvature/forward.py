@@ -13,8 +13,8 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from curvature.calls import module_calls
 from curvature.differentiable import REPLACED, PlainFormulas, otherwise
+from curvature.module_calls import module_calls
 from curvature.nested import CHECKED, check_call
 from curvature.origin import Origins
 from curvature.saved import Saved
@@ -113,7 +113,7 @@ class Forward:
         self.origins.enter(module)
 
     def forget_products(self) -> None:
-        """Where memory counts: those that autograd does not hold anyway."""
+        """Where memory counts, forget the products that autograd does not hold anyway."""
         if self.saved is not None:
             held = self.saved.addresses()
             self.products = {n: p for n, p in self.products.items() if p.address() in held}

@@ -1,4 +1,4 @@
-"""Tangents that pass through half precision: in its range, and promoted as what they belong to."""
+"""Keep tangents in float16's range, and in the dtype of the output that they belong to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every verb of this package returns: the loss along one direction, to second order."""
+"""The loss along one direction, to second order: what directional and fit return."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Quadratic:
         slope: <g, v>, same shape.
         curvature: v^T H v, same shape.
         engine: what computed it: ``"tangent"`` (one tangent pass), ``"jet"`` (a second-order one),
-            ``"reference"`` (double backward), ``"gauss-newton"`` or ``"fit"``; operations without
-            a rule, which were differentiated by their own double backward, follow in brackets.
+            ``"reference"`` (double backward), ``"gauss-newton"``, ``"fit"`` or ``"finite
+            differences"``; operations without a rule, which were differentiated by their own
+            double backward, follow in brackets.
         per_sample: the same three numbers for each sample's loss, when asked for.
         coefficients: for a fit, all coefficients c_k of ``sum_k c_k t^k``, lowest first;
             ``None`` for an exact engine.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from curvature.calls import module_calls
+from curvature.module_calls import module_calls
 from curvature.versions import same, version
 
 

@@ -47,7 +47,7 @@ class Saved:
             yield
 
     def addresses(self) -> set[int]:
-        """Of the memory of all that is held."""
+        """The addresses of all that is held."""
         tensors = [held.tensor for held in self._all]
         return {t.data_ptr() for t in tensors if t is not None and t.layout == torch.strided}
 

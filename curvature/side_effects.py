@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from curvature.calls import module_calls
+from curvature.module_calls import module_calls
 from curvature.versions import comparable, version
 
 _NEW = object()  # stands for the content of a buffer before it was registered

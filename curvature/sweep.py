@@ -225,20 +225,20 @@ class Sweep:
         moving: list[tuple[int, Tensors, Any]] = []
 
         def step(i: int, call: Call, rule: Rule, dots: Tensors) -> Tensors:
-            outputs, kept = rule.ahead(call, dots)
-            moving.append((i, dots, kept))
+            outputs, residual = rule.tangent_with_residual(call, dots)
+            moving.append((i, dots, residual))
             return outputs
 
         self._pushforward.run(vector, step)
         cots: dict[Edge, Tensor] = {}
         leaves = set(self._graph.leaves)
         while moving:
-            i, dots, kept = moving.pop()
+            i, dots, residual = moving.pop()
             call, rule = self._graph.calls[i], self._pushforward.rules[i]
-            turned = tuple(cots.get(edge) for edge in call.outputs)
-            cotangents = self.cotangents.of(i) or (None,) * len(turned)
+            cotangent_dots = tuple(cots.get(edge) for edge in call.outputs)
+            cotangents = self.cotangents.of(i) or (None,) * len(cotangent_dots)
             try:
-                changes = rule.turn(call, dots, cotangents, turned, kept)
+                changes = rule.pullback_tangent(call, dots, cotangents, cotangent_dots, residual)
             except NotTwiceDifferentiable as error:
                 raise self._pushforward.located(call, error) from error
             for done in call.outputs:

@@ -16,7 +16,7 @@ from curvature.differentiable import derivative_mode, twice_differentiable
 from curvature.engines import Engines
 from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradients
-from curvature.hooked import check_slope, parameter_hooks_off
+from curvature.hooks import check_slope, parameter_hooks_off
 from curvature.nested import NestedDerivatives
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
@@ -24,7 +24,7 @@ from curvature.sweep import Sweep
 from curvature.trees import flatten_direction
 from curvature.uncompiled import uncompiled
 
-ENGINES = ("auto", "reference")
+_ENGINES = ("auto", "reference")
 _PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,7 +48,7 @@ class Tape:
             older than 2.5 ``"auto"`` is the reference.
         low_memory: keep no cotangents, give large blocks back to the system at once, and free
             the graph during the first :meth:`directional`, so that it answers once. Curvature
-            then takes a second-order tangent pass and up to 0.8 gradients more; a Hessian-vector
+            then takes a second-order tangent pass and up to 0.4 gradients more; a Hessian-vector
             product another backward pass.
         tangent_dtype: multiply matrices of the tangent passes in this dtype and round the
             products to the tangents' own. With ``torch.bfloat16`` the curvature is good to about
@@ -77,8 +77,8 @@ class Tape:
         low_memory: bool = False,
         tangent_dtype: torch.dtype | None = None,
     ) -> None:
-        if engine not in ENGINES:
-            known = ", ".join(map(repr, ENGINES))
+        if engine not in _ENGINES:
+            known = ", ".join(map(repr, _ENGINES))
             raise ValueError(f"engine is {engine!r}; it must be one of {known}")
         if engine == "reference" and (low_memory or tangent_dtype is not None):
             raise ValueError("the reference engine has neither low_memory nor tangent_dtype")

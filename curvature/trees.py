@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from curvature.losses import is_finite, unusable
 
-SUPPORTED_DTYPES = (torch.float32, torch.float64)
+_SUPPORTED_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Flat:
     spec: pytree.TreeSpec | int
 
     def name(self, k: int, tree: str = "params") -> str:
-        """Of leaf k, as "params['weight']"."""
+        """The name of leaf k, as "params['weight']"."""
         return tree + _keys(self.rebuild(self.leaves))[k]
 
     def rebuild(self, leaves: Sequence[Tensor | None]) -> Any:
@@ -124,7 +124,7 @@ def _unusable(leaf: Any) -> str | None:
     """Why this is no parameter that can be differentiated twice."""
     if not isinstance(leaf, Tensor):
         return f"is a {type(leaf).__name__}, not a tensor"
-    if leaf.dtype not in SUPPORTED_DTYPES:
+    if leaf.dtype not in _SUPPORTED_DTYPES:
         advice = (
             "split it into real and imaginary parts"
             if leaf.is_complex()

@@ -11,11 +11,11 @@ FLOORS = {
         {"arguments", "errors", "nodes", "versions"},
         {"audit"},
         {
-            "calls",
             "differentiable",
-            "hooked",
+            "hooks",
             "nested",
             "losses",
+            "module_calls",
             "objective",
             "origin",
             "allocation",

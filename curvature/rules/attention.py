@@ -154,34 +154,36 @@ class _Attention(Rule):
             _write(out, block, moved)
         return (out,), sum(numbers[1:], numbers[0])
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, list[_Rows] | None]:
+    def tangent_with_residual(
+        self, call: Call, dots: Tensors
+    ) -> tuple[Tensors, list[_Rows] | None]:
         if call.key.shape[-2] > _KEPT * call.key.shape[-1]:
             return self.tangent(call, dots), None
-        out, kept = _like_output(call), list(_blocks(call, dots))
-        for block in kept:
+        out, residual = _like_output(call), list(_blocks(call, dots))
+        for block in residual:
             _write(out, block, block.moved(block.c.clone())[0])
-        return (out,), kept
+        return (out,), residual
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: list[_Rows] | None,
+        cotangent_dots: Tensors,
+        residual: list[_Rows] | None,
     ) -> Tensors:
         """The backward pass is V^ = P^T O^, S^ = P (R - D), Q^ = scale S^ K, K^ = scale S^T^ Q.
 
         With M = R' + c (R - D) the cotangent of S moves by S^' = P (M - E_P M).
         """
-        change = turned[0]
+        change = cotangent_dots[0]
         if cotangents[0] is None:
             return (None,) * len(dots) if change is None else call.pull(change)
         heads = call.query.shape[1]
         to_q, to_k, to_v = (
             x.new_zeros(len(x), heads, *x.shape[2:]) for x in (call.query, call.key, call.value)
         )
-        for block in _blocks(call, dots) if kept is None else kept:
+        for block in _blocks(call, dots) if residual is None else residual:
             P, c, y = block.P, block.c, block.of(cotangents[0])
             S = block.back(y)
             M = torch.bmm(y, block.v.mT).addcmul_(c, S)

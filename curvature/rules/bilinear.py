@@ -166,16 +166,16 @@ class Bilinear(Rule):
         out, half = (None if t is None else t.to(kept) for t in (out, half))
         return add(out, onto), half
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: None,
+        cotangent_dots: Tensors,
+        residual: None,
     ) -> Tensors:
         a, b, _ = self._split(dots)
-        (y,), (change,) = cotangents, turned
+        (y,), (change,) = cotangents, cotangent_dots
         to: list[Tensor | None] = [None] * len(dots)
         left, right = self._inputs
         for place, saved, other, transposed in (

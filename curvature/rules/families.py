@@ -20,8 +20,8 @@ class Linear(Rule):
 
     linear = True
 
-    def __init__(self, apply: Callable[..., Any], *, light: bool = False) -> None:
-        self._apply, self.light = apply, light
+    def __init__(self, apply: Callable[..., Any], *, rematerialised: bool = False) -> None:
+        self._apply, self.rematerialised = apply, rematerialised
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         return _as_tuple(self._apply(call, *dots))
@@ -38,7 +38,7 @@ class Elementwise(Rule):
         bend: f''(x) xdot, given the call, xdot and ydot = f'(x) xdot; or None where f'' is zero.
     """
 
-    light = True
+    rematerialised = True
 
     def __init__(self, bend: Callable[[Call, Tensor, Tensor], Tensor] | None) -> None:
         self._bend = bend
@@ -68,20 +68,20 @@ class Elementwise(Rule):
         ]
         return (y,), sum(parts[1:], parts[0])
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+    def tangent_with_residual(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
         outputs = self.tangent(call, dots)
         return outputs, outputs
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: Tensors,
+        cotangent_dots: Tensors,
+        residual: Tensors,
     ) -> Tensors:
-        (x,), (y,) = dots, kept
-        change = None if turned[0] is None else call.pull(*turned)[0]
+        (x,), (y,) = dots, residual
+        change = None if cotangent_dots[0] is None else call.pull(*cotangent_dots)[0]
         (cotangent,) = cotangents
         if self._bend is None or cotangent is None or x is None or y is None:
             return (change,)
@@ -132,11 +132,13 @@ class General(Rule):
         push: (call, dots, bend) -> ydot, or with ``bend`` the pair of ydot and D²F[xdot, xdot];
             each a tensor, None, or a tuple of these for several outputs. Written with operations
             that autograd differentiates, it serves the cross term too.
-        light: see :class:`Rule`.
+        rematerialised: see :class:`Rule`.
     """
 
-    def __init__(self, push: Callable[[Call, Tensors, bool], Any], *, light: bool = False) -> None:
-        self._push, self.light = push, light
+    def __init__(
+        self, push: Callable[[Call, Tensors, bool], Any], *, rematerialised: bool = False
+    ) -> None:
+        self._push, self.rematerialised = push, rematerialised
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         return _as_tuple(self._push(call, dots, False))

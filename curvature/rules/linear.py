@@ -17,12 +17,12 @@ from curvature.rules.local import TRANSPOSED
 from curvature.rules.table import linear, register
 
 
-@linear("AddBackward0", light=True)
+@linear("AddBackward0", rematerialised=True)
 def _add(call: Call, x: Tensor | None, y: Tensor | None = None) -> Tensor:
     return _weighted_sum(call, x, y, call.alpha)
 
 
-@linear("SubBackward0", light=True)
+@linear("SubBackward0", rematerialised=True)
 def _sub(call: Call, x: Tensor | None, y: Tensor | None = None) -> Tensor:
     return _weighted_sum(call, x, y, -call.alpha)
 
@@ -36,7 +36,7 @@ def _weighted_sum(call: Call, x: Tensor | None, y: Tensor | None, alpha: float) 
     return (y if alpha == 1 else y * alpha).expand(call.shape())
 
 
-@linear("AddBackward1", "SubBackward1", light=True)
+@linear("AddBackward1", "SubBackward1", rematerialised=True)
 def _add_number(call: Call, x: Tensor) -> Tensor:
     return x
 

@@ -84,7 +84,7 @@ class _NllLoss(Linear):
     """-w_t x_t summed or averaged, t the target of each sample: a cotangent of few entries."""
 
     def __init__(self) -> None:
-        super().__init__(_nll_loss, light=True)
+        super().__init__(_nll_loss, rematerialised=True)
 
     def pull_sums(self, call: Call, cotangents: Tensors, dim: int) -> Tensors:
         (y,), classes = cotangents, call.self.ndim > 1

@@ -52,26 +52,28 @@ class _Lstm(Rule):
             numbers.append(2 * real_dot(multiply(back.rows, u), moved.h_before))
         return layer.outputs(moved), torch.stack(numbers).sum()
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, tuple[LstmLayer, Moved]]:
+    def tangent_with_residual(
+        self, call: Call, dots: Tensors
+    ) -> tuple[Tensors, tuple[LstmLayer, Moved]]:
         layer, moved, _ = self._moved(call, dots)
         return layer.outputs(moved), (layer, moved)
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: Any,
+        cotangent_dots: Tensors,
+        residual: Any,
     ) -> Tensors:
         """The derivative of the recurrence of cotangents is the same with what bends added."""
-        layer, moved = kept
+        layer, moved = residual
         x, w, u, *_ = dots
         x = None if x is None else layer.rows(x)
         back = layer.pull(*layer.arriving(cotangents))
         i, f, g, o = (layer.slope * moved.a).unbind(2)
         c, tau = moved.c[1:], layer.tanh_slope
-        h_change, c_change = layer.arriving(turned)
+        h_change, c_change = layer.arriving(cotangent_dots)
         if u is not None:
             h_change[:-1] += (back.rows @ u).view_as(moved.h[1:])[1:]
         c_change[:-1] += f[1:] * back.c[1:]
@@ -83,11 +85,11 @@ class _Lstm(Rule):
         change = layer.pull(h_change, c_change, added)
         # Where the state before the first step is an input, so is its cotangent an output.
         first, first_change = (t.rows[: layer.batch] for t in (back, change))
-        to_h = _turned(first_change, layer.u, first, u)
+        to_h = _product_dot(first_change, layer.u, first, u)
         to_c = layer.s[0, :, 1] * change.c[0] + f[0] * back.c[0]
-        to_x = _turned(change.rows, layer.w, back.rows, w)
-        to_w = _turned(change.rows.t(), layer.x, back.rows.t(), x)
-        to_u = _turned(change.rows.t(), layer.h_before, back.rows.t(), moved.h_before)
+        to_x = _product_dot(change.rows, layer.w, back.rows, w)
+        to_w = _product_dot(change.rows.t(), layer.x, back.rows.t(), x)
+        to_u = _product_dot(change.rows.t(), layer.h_before, back.rows.t(), moved.h_before)
         to_b = change.rows.sum(0)
         to_x = layer.along_time(to_x.view(layer.steps, layer.batch, -1))
         shapes = (call.input, call.weight0, call.weight1, to_b, to_b, call.hx_, call.cx_)
@@ -95,7 +97,7 @@ class _Lstm(Rule):
         return tuple(part.view_as(like) for part, like in zip(parts, shapes, strict=True))
 
 
-def _turned(change: Tensor, factor: Tensor, cotangent: Tensor, moved: Tensor | None) -> Tensor:
+def _product_dot(change: Tensor, factor: Tensor, cotangent: Tensor, moved: Tensor | None) -> Tensor:
     """How the cotangent times the factor changes, if either moves."""
     product = matmul(change, factor)
     return product if moved is None else matmul(cotangent, moved, product)

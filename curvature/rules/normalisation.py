@@ -23,7 +23,7 @@ from curvature.rules.table import register
 
 
 class _Normalisation(Rule):
-    light = True
+    rematerialised = True
 
     def __init__(self, statistics: Callable[[Call], Normalised]) -> None:
         self._statistics = statistics
@@ -71,27 +71,27 @@ class _Normalisation(Rule):
             moved = n.project(x)
         return (_like_output(call, n.scaled(moved, w, b)),), number
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Any]:
+    def tangent_with_residual(self, call: Call, dots: Tensors) -> tuple[Tensors, Any]:
         n = self._statistics(call)
         x, w, b = _as(n, dots)
         moved, along = (None, None) if x is None else n.moved(x)
         return (_like_output(call, n.scaled(moved, w, b)),), (moved, along)
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: Any,
+        cotangent_dots: Tensors,
+        residual: Any,
     ) -> Tensors:
         """With g = y^ w the backward pass is x^ = project(g), w^ = sum(y^ z), b^ = sum(y^).
 
         The derivative of project(g) along x' is -s'/s project(g) - (mean(z g) z' + mean(z' g) z)/s.
         """
-        n, (moved, along) = self._statistics(call), kept
+        n, (moved, along) = self._statistics(call), residual
         _, w, _ = _as(n, dots)
-        y, change = (None if t is None else _laid(n, t) for t in (cotangents[0], turned[0]))
+        y, change = (None if t is None else _laid(n, t) for t in (cotangents[0], cotangent_dots[0]))
         g = None if change is None else n.weighted(change)
         to_weight = None if change is None else n.over_weight(change, n.z)
         back = None
@@ -152,7 +152,7 @@ def _fixed(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None
     return (out, None if moved is None or w is None else 2 * w * moved) if bend else out
 
 
-_FIXED = General(_fixed, light=True)
+_FIXED = General(_fixed, rematerialised=True)
 register("NativeLayerNormBackward0", _Normalisation(LayerNormalised))
 register("NativeBatchNormBackward0", _BatchNorm(BatchNormalised))
 register("NativeGroupNormBackward0", _GroupNorm(GroupNormalised))

@@ -19,16 +19,16 @@ class _Mul(General):
     def __init__(self) -> None:
         super().__init__(_mul)
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: Any,
+        cotangent_dots: Tensors,
+        residual: Any,
     ) -> Tensors:
         """The backward pass is a^ = y^ b, b^ = y^ a."""
-        (a, b), (y,), (change,) = dots, cotangents, turned
+        (a, b), (y,), (change,) = dots, cotangents, cotangent_dots
         to_a = to_b = None
         if call.inputs[0] is not None:
             to_a = add(_times(change, call.other), _times(y, b))
@@ -59,27 +59,27 @@ class _Div(General):
     def __init__(self) -> None:
         super().__init__(_div)
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
+    def tangent_with_residual(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
         outputs = self.tangent(call, dots)
         return outputs, outputs
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: Tensors,
+        cotangent_dots: Tensors,
+        residual: Tensors,
     ) -> Tensors:
         """The backward pass is a^ = y^ / b, b^ = -a^ y; so a^' = (y^' - a^ b') / b."""
-        (_, b), (y,), (change,) = dots, cotangents, turned
+        (_, b), (y,), (change,) = dots, cotangents, cotangent_dots
         back = None if y is None else y / call.other
         if back is not None and b is not None:
             change = add(change, -back * b)
         to_a = None if change is None else change / call.other
         to_b = None
         if call.inputs[1] is not None:
-            to_b = add(_times(to_a, call.self / call.other), _times(back, kept[0]))
+            to_b = add(_times(to_a, call.self / call.other), _times(back, residual[0]))
         return call.fitted([to_a, None if to_b is None else -to_b])
 
 

@@ -28,12 +28,12 @@ class Rule(ABC):
 
     Attributes:
         linear: whether the operation is linear in the inputs that move; then it has no bend.
-        light: whether the cotangents of its inputs are cheaper to compute again than to keep.
+        rematerialised: whether cotangents of its inputs are computed again rather than kept.
         needs_sums: whether of its own cotangent the sums along ``call.dim`` are enough.
     """
 
     linear = False
-    light = False
+    rematerialised = False
     needs_sums = False
 
     def of(self, call: Call) -> Rule | None:
@@ -66,28 +66,28 @@ class Rule(ABC):
         """J^T yhat, or what has the same sums along ``dim`` of the input with less work."""
         return call.pull(*cotangents)
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Any]:
-        """J xdot, and whatever :meth:`turn` can use again."""
+    def tangent_with_residual(self, call: Call, dots: Tensors) -> tuple[Tensors, Any]:
+        """J xdot, and whatever :meth:`pullback_tangent` can use again."""
         return self.tangent(call, dots), None
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: Any,
+        cotangent_dots: Tensors,
+        residual: Any,
     ) -> Tensors:
         """How J^T yhat changes along xdot: J^T yhatdot + D²F(xdot, .)^T yhat.
 
         Args:
             cotangents: yhat; an operation that is linear has none.
-            turned: yhatdot.
-            kept: what :meth:`ahead` gave.
+            cotangent_dots: yhatdot.
+            residual: what :meth:`tangent_with_residual` gave.
         """
         change: Tensors = (None,) * len(dots)
-        if any(t is not None for t in turned):
-            change = call.pull(*turned)
+        if any(t is not None for t in cotangent_dots):
+            change = call.pull(*cotangent_dots)
         if any(t is not None for t in cotangents):
             change = tuple(map(add, change, self.cross(call, dots, cotangents)))
         return change

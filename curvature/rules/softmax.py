@@ -50,29 +50,29 @@ class _LogSoftmax(Rule):
             number -= (variance * _at(call, cotangents[0])[rows].sum(dim, True)).sum()
         return (out.view(call.shape()),), number
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensor]:
+    def tangent_with_residual(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensor]:
         (out,) = self.tangent(call, dots)
         assert out is not None
         return (out,), out
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: Tensor,
+        cotangent_dots: Tensors,
+        residual: Tensor,
     ) -> Tensors:
         """The backward pass is x^ = y^ - p sum y^, and p' = p y'."""
         back, dim = _like_output(call), call.dim
         for rows, p in _blocks(call):
             if cotangents[0] is not None:
                 sums = _at(call, cotangents[0])[rows].sum(dim, True)
-                torch.mul(p, _at(call, kept)[rows], out=back[rows]).mul_(-sums)
+                torch.mul(p, _at(call, residual)[rows], out=back[rows]).mul_(-sums)
             else:
                 back[rows].zero_()
-            if turned[0] is not None:
-                change = _at(call, turned[0])[rows]
+            if cotangent_dots[0] is not None:
+                change = _at(call, cotangent_dots[0])[rows]
                 back[rows].add_(change).addcmul_(p, change.sum(dim, True), value=-1)
         return (back.view(call.shape()),)
 
@@ -126,23 +126,23 @@ class _Softmax(Rule):
         assert x is not None
         return x - (call.result * x).sum(call.dim, True)
 
-    def ahead(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensor]:
+    def tangent_with_residual(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensor]:
         c = self._centred(call, dots)
         return (call.result * c,), c
 
-    def turn(
+    def pullback_tangent(
         self,
         call: Call,
         dots: Tensors,
         cotangents: Tensors,
-        turned: Tensors,
-        kept: Tensor,
+        cotangent_dots: Tensors,
+        residual: Tensor,
     ) -> Tensors:
         """The backward pass is x^ = p (p^ - E_p p^)."""
-        (y,), (change,) = cotangents, turned
+        (y,), (change,) = cotangents, cotangent_dots
         if y is not None:
             centred = y - (call.result * y).sum(call.dim, True)
-            change = add(change, centred.mul_(kept))
+            change = add(change, centred.mul_(residual))
         return (None if change is None else _project(call, change),)
 
 

@@ -31,9 +31,11 @@ def register(name: Key, rule: Rule) -> None:
     _TABLE[name] = rule
 
 
-def linear(*names: str, light: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def linear(
+    *names: str, rematerialised: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register F of the tangents as a :class:`Linear` rule."""
-    return _registering(partial(Linear, light=light), names)
+    return _registering(partial(Linear, rematerialised=rematerialised), names)
 
 
 def elementwise(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

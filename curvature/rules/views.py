@@ -13,17 +13,17 @@ from curvature.rules.rule import Rule
 from curvature.rules.table import linear, register
 
 
-@linear("TBackward0", light=True)
+@linear("TBackward0", rematerialised=True)
 def _t(call: Call, x: Tensor) -> Tensor:
     return x.t()
 
 
-@linear("TransposeBackward0", "TransposeBackward1", light=True)
+@linear("TransposeBackward0", "TransposeBackward1", rematerialised=True)
 def _transpose(call: Call, x: Tensor) -> Tensor:
     return x.transpose(call.dim0, call.dim1)
 
 
-@linear("PermuteBackward0", light=True)
+@linear("PermuteBackward0", rematerialised=True)
 def _permute(call: Call, x: Tensor) -> Tensor:
     return x.permute(call.dims)
 
@@ -38,7 +38,7 @@ def _permute(call: Call, x: Tensor) -> Tensor:
     "UnsqueezeBackward0",
     "UnsqueezeBackward1",
     "ViewBackward0",
-    light=True,
+    rematerialised=True,
 )
 def _view(call: Call, x: Tensor) -> Tensor:
     return x.reshape(call.shape())
@@ -49,7 +49,7 @@ def _expand(call: Call, x: Tensor) -> Tensor:
     return x.expand(call.shape())
 
 
-@linear("CloneBackward0", "AliasBackward0", light=True)
+@linear("CloneBackward0", "AliasBackward0", rematerialised=True)
 def _same(call: Call, x: Tensor) -> Tensor:
     return x
 

@@ -1,4 +1,4 @@
-"""Hooks: those of parameters kept out of derivatives, others told by the slope that they change."""
+"""Keep parameters' own hooks out of derivatives, and tell other hooks by the slope."""
 
 from __future__ import annotations
 
