@@ -69,9 +69,9 @@ class Evaluation:
         params: those that require a gradient by now.
         grads: of the mean of the losses of all ranks, for each of these.
         shares: of each closure's mean in that mean; over all ranks they add up to their number.
-        scale: by which the recorder's loss is larger, so that half precision holds its gradients.
-        eps: the rounding of autocast, 0 without it.
         recorder: of a single closure.
+        scale: by which the recorder's loss is larger, so that half precision holds its gradients.
+        eps: the coarsest rounding of autocast, 0 without it.
         accumulated: the closure called backward itself, and ``p.grad`` is as it left it.
         others: what else got its gradient from that.
         unusable: why there are no gradients, if a loss is NaN or infinite.
@@ -117,6 +117,7 @@ def evaluate(
     if len(closures) == 1:
         return differentiated(closures[0], recorder(), params, setting, all_leaves=all_leaves)
     parts: list[tuple[Tensor, float, float]] = []
+    eps = 0.0
     sums: dict[Tensor, Tensor] = {}
     for closure in closures:
         part = differentiated(closure, recorder(), params, setting)
@@ -128,6 +129,7 @@ def evaluate(
                 "the batch"
             )
         parts.append((part.losses, part.count, part.shares[0]))
+        eps = max(eps, part.eps)
         if part.losses.ndim != parts[0][0].ndim:
             raise ValueError("some closures return a scalar, others one loss per sample")
         for p, g in zip(part.params, part.grads, strict=True):
@@ -138,8 +140,7 @@ def evaluate(
     now = [p for p in params if p.requires_grad]
     grads = [sums[p].div_(total) if p in sums else None for p in now]
     shares = [share * count / total for _, count, share in parts]
-    scale, eps = part.scale, part.eps
-    return Evaluation(together, together, total, now, grads, shares, None, scale, eps)
+    return Evaluation(together, together, total, now, grads, shares, None, eps=eps)
 
 
 def differentiated(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from optim import GeN, Rescaled
 from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
+from optim.line import Estimate, Line
+from optim.trial import Trial
 
 ESTIMATORS: dict[str, Callable[[nn.Module], Any]] = {
     "jet": lambda model: Exact(),
@@ -85,6 +88,31 @@ def test_a_loss_scale_serves_every_closure_of_several() -> None:
         problem.optimizer.step([lambda p=problem: p.losses()[:5], lambda p=problem: p.losses()])
         found.append(problem.optimizer.records[-1])
     assert found[0] == found[1]
+
+
+@dataclass(frozen=True)
+class Rounding(Secant):
+    """Notes how far apart losses may be by rounding alone."""
+
+    found: list[float] = field(default_factory=list)
+
+    def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
+        self.found.append(trial.rounding(line.value))
+        return super().estimate(trial, line, reach)
+
+
+def test_the_coarsest_rounding_of_several_closures_counts_in_any_order() -> None:
+    problem, rounding = Problem("one loss", torch.bfloat16), Rounding()
+
+    def plain() -> Tensor:
+        return F.cross_entropy(problem.model(problem.x), problem.y, reduction="none")
+
+    for closures in ([problem.losses, plain], [plain, problem.losses], [plain, plain]):
+        optimizer = Rescaled(torch.optim.SGD(problem.model.parameters()), estimator=rounding)
+        optimizer.look_ahead(closures)
+    first, second, single = rounding.found
+    assert first == pytest.approx(second)
+    assert first > 100 * single
 
 
 @fast_only  # double backward in float16 loses the curvature of a unit direction
