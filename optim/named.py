@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from optim.estimators import Exact, Probes
+from optim.ranges import check_count
 from optim.rescaled import Rescaled
 from optim.rules import Newton
 
@@ -45,6 +46,7 @@ def gen_published(
         >>> [round(record.step, 9) for record in optimizer.records]
         [0.004, 0.007]
     """
+    check_count("phi", phi)
     return _newton(base, Probes(points=points, degree=degree), eta, gamma, phi)
 
 

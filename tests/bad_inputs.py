@@ -339,7 +339,7 @@ for _name in ("gen_published", "lqa", "qlabgrad", "gen_hod"):
     )
 for _options, _error, _message in (
     ({"gamma": 1.0}, ValueError, r"gamma is 1\.0"),
-    ({"phi": 0}, ValueError, "every is 0"),
+    ({"phi": 0}, ValueError, "phi is 0"),
     ({"points": ()}, ValueError, r"points is \(\); a polynomial of degree 2 needs at least 2"),
     ({"degree": 1}, ValueError, "degree is 1"),
 ):

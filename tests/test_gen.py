@@ -259,9 +259,9 @@ def test_a_failing_probe_changes_nothing() -> None:
         ({"eta": 0.0}, "eta is 0.0"),
         ({"eta": math.nan}, "eta is nan"),
         ({"gamma": 1.0}, "gamma is 1.0"),
-        ({"phi": 0}, "every is 0"),
-        ({"phi": 1.5}, "every is 1.5"),
-        ({"phi": 8.0}, "every is 8.0"),
+        ({"phi": 0}, "phi is 0"),
+        ({"phi": 1.5}, "phi is 1.5"),
+        ({"phi": 8.0}, "phi is 8.0"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
