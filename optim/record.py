@@ -25,7 +25,7 @@ class StepRecord:
         magnitude: the mean over samples of abs(d^T H_b d), or abs(curvature) where they are not
             known one by one.
         energy: value and the kinetic energy of the base, where the rule asks for it.
-        r: the factor by which the wrapper rescales; eta for GeN.
+        r: the step along d that the rule chose for ell = 1; eta under :class:`optim.rules.Newton`.
         step: the step that was taken along d: ``ell * r``, unless a bound of the base optimizer
             or a check of the loss is below it; 0 if the step was skipped.
         skipped: why the parameters did not move, or ``None``.
