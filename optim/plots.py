@@ -129,7 +129,7 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
         raise ImportError(
-            "matplotlib is not installed: pip install 'forward-curvature[plots]'"
+            "matplotlib is not installed: pip install matplotlib (this package's extra 'plots')"
         ) from error
     # Not pyplot's: no window, no backend to choose, nothing to close.
     return Canvas(figsize=(width, height), layout="constrained")

@@ -147,5 +147,5 @@ def _numbers(record: StepRecord) -> dict[str, float]:
     return {name: number for name, number in entries.items() if number is not None}
 
 
-def _missing(extra: str) -> str:
-    return f"{extra} is not installed: pip install 'forward-curvature[{extra}]'"
+def _missing(name: str) -> str:
+    return f"{name} is not installed: pip install {name} (this package's extra {name!r})"

@@ -218,5 +218,5 @@ def test_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
         plots.run(Records())
     plots.run([StepRecord(1, skipped="a loss is NaN")])  # nothing but a mark
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"forward-curvature\[plots\]"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib \(this package's extra 'plots'"):
         plots.run([StepRecord(1, 1.0)])

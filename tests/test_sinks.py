@@ -189,15 +189,15 @@ def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "make", "extra"),
+    ("module", "make", "name"),
     [
         ("torch.utils.tensorboard", lambda: TensorBoard("runs"), "tensorboard"),
         ("wandb", WeightsAndBiases, "wandb"),
     ],
 )
 def test_what_is_not_installed_is_named(
-    module: str, make: Callable[[], Any], extra: str, monkeypatch: pytest.MonkeyPatch
+    module: str, make: Callable[[], Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"forward-curvature\[{extra}\]"):
+    with pytest.raises(ImportError, match=rf"pip install {name} \(this package's extra '{name}'"):
         make()
