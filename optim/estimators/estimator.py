@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 from optim.evaluation import Plain, Recorder
@@ -25,6 +26,8 @@ class Estimator(ABC):
 
     def first_reach(self, trial: Trial, line: Line) -> float:
         """How far along d to look before any step was taken; infinite if only at theta."""
+        if self.needs_graph:
+            return math.inf
         return trial.share(_FIRST_REACH, line.squared_norm)
 
     @abstractmethod

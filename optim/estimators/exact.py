@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +60,6 @@ class Exact(Estimator):
 
     def recorder(self) -> _Tape:
         return _Tape(self.per_sample)
-
-    def first_reach(self, trial: Trial, line: Line) -> float:
-        return math.inf
 
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         unit, length = trial.unit(line.squared_norm)

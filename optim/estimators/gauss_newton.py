@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,9 +82,6 @@ class GaussNewton(Estimator):
 
     def recorder(self) -> _Watching:
         return _Watching(self.model)
-
-    def first_reach(self, trial: Trial, line: Line) -> float:
-        return math.inf
 
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         unit, length = trial.unit(line.squared_norm)
