@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
-from optim.rules.caution import cautioned
 from optim.rules.lipschitz import newton_step
+from optim.rules.loss_trend import cautioned
 from optim.rules.rule import Rule, State
 from optim.rules.slope import lower_slope
 

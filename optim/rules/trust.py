@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from optim.line import Estimate, Line
-from optim.rules.caution import cautioned
 from optim.rules.lipschitz import NO_CURVATURE, Lipschitz
+from optim.rules.loss_trend import cautioned
 from optim.rules.rule import State
 from optim.rules.slope import lower_slope
 
