@@ -116,8 +116,7 @@ def evaluate(
     """
     if len(closures) == 1:
         return differentiated(closures[0], recorder(), params, setting, all_leaves=all_leaves)
-    parts: list[tuple[Tensor, float, float]] = []
-    eps = 0.0
+    parts: list[Evaluation] = []
     sums: dict[Tensor, Tensor] = {}
     for closure in closures:
         part = differentiated(closure, recorder(), params, setting)
@@ -128,19 +127,27 @@ def evaluate(
                 "one of several closures calls backward; let each return the loss of its part of "
                 "the batch"
             )
-        parts.append((part.losses, part.count, part.shares[0]))
-        eps = max(eps, part.eps)
-        if part.losses.ndim != parts[0][0].ndim:
+        if parts and part.losses.ndim != parts[0].losses.ndim:
             raise ValueError("some closures return a scalar, others one loss per sample")
         for p, g in zip(part.params, part.grads, strict=True):
             if g is not None:
                 sums[p] = sums[p].add_(g, alpha=part.count) if p in sums else g * part.count
-    total = sum(count for _, count, _ in parts)
-    together = torch.cat([losses.reshape(-1) for losses, _, _ in parts])
+        # The next part's graph needs the memory of this one's.
+        part = replace(part, grads=[], recorder=None)
+        parts.append(part)
+    count = sum(part.count for part in parts)
+    losses = torch.cat([part.losses.reshape(-1) for part in parts])
     now = [p for p in params if p.requires_grad]
-    grads = [sums[p].div_(total) if p in sums else None for p in now]
-    shares = [share * count / total for _, count, share in parts]
-    return Evaluation(together, together, total, now, grads, shares, None, eps=eps)
+    return Evaluation(
+        result=losses,
+        losses=losses,
+        count=count,
+        params=now,
+        grads=[sums[p].div_(count) if p in sums else None for p in now],
+        shares=[part.shares[0] * part.count / count for part in parts],
+        recorder=None,
+        eps=max(part.eps for part in parts),
+    )
 
 
 def differentiated(

@@ -60,29 +60,37 @@ class Trial:
         """A block after which buffers and random numbers are as they are now."""
         return SideEffects({*self.setting.called, *self.effects.called})
 
-    def recorded(self, recorder: Callable[[], R]) -> Iterator[tuple[R, float, float]]:
-        """What recorded each closure's pass, its share in the loss, and the scale of its loss.
+    def measured(
+        self, recorder: Callable[[], R], measure: Callable[[R, float], list[float]]
+    ) -> list[float]:
+        """The mean over all closures and ranks of what is measured on the record of each.
 
-        Several are run again, one at a time: their graphs together might not fit.
+        Several closures are run again, one at a time: their graphs together might not fit.
+
+        Args:
+            measure: of what has recorded a closure, and of the factor by which the loss was
+                larger there.
 
         Raises:
             NonFiniteLoss: a loss is NaN or infinite then.
         """
-        if self.evaluation.recorder is not None:
-            yield (
-                cast(R, self.evaluation.recorder),
-                self.evaluation.shares[0],
-                self.evaluation.scale,
-            )
-            return
-        self.effects.rewind()
-        for closure, share in zip(self.closures, self.evaluation.shares, strict=True):
-            again = recorder()
-            with self._without_grads():
-                part = differentiated(closure, again, self.params, self.setting)
-            if part.unusable is not None:
-                raise NonFiniteLoss(part.unusable)
-            yield again, share, part.scale
+        found = self.evaluation
+        if found.recorder is not None:
+            parts = [measure(cast(R, found.recorder), found.scale)]
+        else:
+            self.effects.rewind()
+            parts = [self._measured_again(c, recorder(), measure) for c in self.closures]
+        shared = [[k * x for x in part] for k, part in zip(found.shares, parts, strict=True)]
+        return self.means(*map(sum, zip(*shared, strict=True)))
+
+    def _measured_again(
+        self, closure: Closure, recorder: R, measure: Callable[[R, float], list[float]]
+    ) -> list[float]:
+        with self._without_grads():
+            part = differentiated(closure, recorder, self.params, self.setting)
+        if part.unusable is not None:
+            raise NonFiniteLoss(part.unusable)
+        return measure(recorder, part.scale)
 
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
         """The mean loss with other values in the parameters, by the same random numbers."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from agreement import fast_only
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -141,6 +142,23 @@ def test_several_closures_are_the_joined_batch(optimizer: str, base: str, parts:
             if getattr(a, name) is not None:
                 assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-6)
     torch.testing.assert_close(several.values(), joined.values(), rtol=1e-6, atol=1e-9)
+
+
+@every_optimizer
+def test_no_more_than_one_graph_is_held_at_a_time(optimizer: str) -> None:
+    problem = Problem(optimizer)
+    last: list[StorageWeakRef] = []
+
+    def losses(k: int) -> Tensor:
+        assert all(output.expired() for output in last)
+        found = problem.losses(k)
+        # The log of the probabilities, which the graph of the losses holds.
+        output = found.grad_fn._saved_self if found.grad_fn is not None else torch.ones(1)
+        last[:] = [StorageWeakRef(output.untyped_storage())]
+        return found
+
+    for _ in range(2):
+        problem.optimizer.step([lambda k=k: losses(k) for k in range(3)])
 
 
 @every_optimizer

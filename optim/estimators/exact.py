@@ -64,14 +64,16 @@ class Exact(Estimator):
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         unit, length = trial.unit(line.squared_norm)
         penalty = trial.penalty.curvature(trial.direction)
-        curvature, magnitudes = penalty, []
-        for tape, share, scale in trial.recorded(self.recorder):
+
+        def measure(tape: _Tape, scale: float) -> list[float]:
             quadratic = tape.directional(unit, per_sample=bool(tape.per_sample))
             factor = length * length / scale
-            curvature += share * quadratic.curvature.double().item() * factor
-            if quadratic.per_sample is not None:
-                bent = quadratic.per_sample.curvature.double() * factor + penalty
-                magnitudes.append(share * bent.abs().mean().item())
-        curvature, magnitude = trial.means(curvature, sum(magnitudes))
-        magnitude = magnitude if magnitudes else abs(curvature)
-        return Estimate(line.slope, curvature, magnitude)
+            curvature = quadratic.curvature.double().item() * factor
+            if quadratic.per_sample is None:
+                return [curvature]
+            bent = quadratic.per_sample.curvature.double() * factor + penalty
+            return [curvature, bent.abs().mean().item()]
+
+        curvature, *magnitude = trial.measured(self.recorder, measure)
+        curvature += penalty
+        return Estimate(line.slope, curvature, magnitude[0] if magnitude else abs(curvature))

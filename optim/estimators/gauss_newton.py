@@ -85,14 +85,16 @@ class GaussNewton(Estimator):
 
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         unit, length = trial.unit(line.squared_norm)
-        curvature = trial.penalty.curvature(trial.direction)
-        for tape, share, scale in trial.recorded(self.recorder):
+
+        def measure(tape: _Watching, scale: float) -> list[float]:
             if not tape.outputs:
                 raise ValueError(
                     "the closure did not call the model that GaussNewton was given, so its "
                     "outputs, between which and the loss the curvature is taken, are not known"
                 )
-            bent = tape.gauss_newton(unit, tape.outputs).curvature.double().item()
-            curvature += share * bent * length * length / scale
-        (curvature,) = trial.means(curvature)
+            curvature = tape.gauss_newton(unit, tape.outputs).curvature.double().item()
+            return [curvature * length * length / scale]
+
+        (curvature,) = trial.measured(self.recorder, measure)
+        curvature += trial.penalty.curvature(trial.direction)
         return Estimate(line.slope, curvature, abs(curvature))
