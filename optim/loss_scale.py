@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from torch import Tensor
 from torch.amp import GradScaler
 
@@ -39,3 +42,15 @@ class LossScale:
         elif self.steady == self._scaler.get_growth_interval():
             self._scaler.update(scale * self._scaler.get_growth_factor())
             self.steady = 0
+
+
+def check_unscaled(result: Any, loss: Tensor) -> None:
+    """Refuse a loss that a GradScaler of the closure has multiplied."""
+    if isinstance(result, Tensor) and result.numel() == loss.numel() == 1 and result.item() != 0:
+        scale = loss.item() / result.item()
+        if scale >= 2**8 and math.log2(scale).is_integer():
+            raise ValueError(
+                f"the closure calls backward on {scale:.0f} times the loss that it returns, as a "
+                "GradScaler does; give the scaler to the wrapper, scaler=, and leave it out of the "
+                "closure"
+            )

@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curvature import NonFiniteLoss
+from optim.consistent import check_consistent
 from optim.direction import check_hooks, momentum, proposer
 from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
 from optim.evaluation import Evaluation
+from optim.grads import set_grads
 from optim.line import Estimate, Line
-from optim.own_hooks import hooked
 from optim.ranges import check_count
 from optim.record import StepRecord
 from optim.rules import Rule
 from optim.rules.rule import State
-from optim.sharded import local
 from optim.snapshot import Snapshot
 from optim.trial import Trial
 
@@ -91,7 +91,7 @@ class Stepper:
         self.rule_state: State = {}
         self.length = 0.0
         self.energy = 0.0
-        self._repeats = False  # whether the closures were seen to give the same loss again
+        self._consistent = False  # whether the closures were seen to be
 
     def due(self, iteration: int) -> bool:
         """Whether this step takes an estimate."""
@@ -158,10 +158,10 @@ class Stepper:
             plan.estimate = found
             numbers["curvature"], numbers["magnitude"] = found.curvature, found.magnitude
         looks_ahead = iteration <= self.checked or (due and not self.estimator.needs_graph)
-        if looks_ahead and line.squared_norm > 0 and not self._repeats:
+        if looks_ahead and line.squared_norm > 0 and not self._consistent:
             # Not before: buffers are written to, which the graph may have saved.
-            trial.check_repeats(line.value, line.slope, line.squared_norm)
-            self._repeats = True
+            check_consistent(trial, line)
+            self._consistent = True
         r, plan.state = self.rule.choose(line, plan.estimate, self.rule_state)
         if isinstance(r, str):
             return plan.skipped(r)
@@ -192,18 +192,7 @@ class Stepper:
             # Also of a parameter that is frozen by now: the base would go on along the last one.
             for p in (p for group in self.base.param_groups for p in group["params"]):
                 p.grad = None
-            taken: set[int] = set()
-            for p, g in zip(found.params, found.grads, strict=True):
-                if g is not None:
-                    g = hooked(p, g)  # noqa: PLW2901
-                    # As backward leaves them: each in memory of its own, to be written to.
-                    memory = local(g).data_ptr()
-                    expanded = 0 in g.stride()
-                    if self.clip is not None or expanded or memory in taken:
-                        form = torch.contiguous_format if expanded else torch.preserve_format
-                        g = g.clone(memory_format=form)  # noqa: PLW2901
-                    taken.add(memory)
-                p.grad = g
+            set_grads(found.params, found.grads, copied=self.clip is not None)
         if self.clip is not None:
             self.clip([p for p in found.params if p.grad is not None])
 

@@ -14,26 +14,25 @@ import torch
 from torch import Tensor
 
 from curvature import NonFiniteLoss, SideEffects
+from optim.autocast import forget_casts
 from optim.evaluation import (
     Closure,
     Evaluation,
     Plain,
     Recorder,
     Setting,
+    accumulate,
     differentiated,
     evaluate,
-    lacks_graph,
-    losses_again,
-    without_grads,
 )
+from optim.grads import without_grads
 from optim.inner import inner
+from optim.intercept import intercepted
 from optim.penalty import Penalty
-from optim.sharded import is_sharded, local
+from optim.sharded import is_sharded, local, resharded
 
 R = TypeVar("R", bound=Recorder)
 
-_NEAR = 1e-3  # times the parameters
-_NEARER = 8.0
 _MODERATE = 2.0**16  # times 1, up or down
 
 
@@ -76,7 +75,7 @@ class Trial:
         """
         found = self.evaluation
         if found.recorder is not None:
-            parts = [measure(cast(R, found.recorder), found.scale)]
+            parts = [measure(cast(R, found.recorder), found.weight)]
         else:
             self.effects.rewind()
             parts = [self._measured_again(c, recorder(), measure) for c in self.closures]
@@ -90,28 +89,28 @@ class Trial:
             part = differentiated(closure, recorder, self.params, self.setting)
         if part.unusable is not None:
             raise NonFiniteLoss(part.unusable)
-        return measure(recorder, part.scale)
+        return measure(recorder, part.weight)
 
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
         """The mean loss with other values in the parameters, by the same random numbers."""
         with self.aside(), self._moved_to(values):
-            losses = self._losses_again()
+            losses = self._run_again()
         shares = self.evaluation.shares
         local = sum(k * _mean(x) for k, x in zip(shares, losses, strict=True))
         (mean,) = self.means(local)
         return torch.tensor(mean + self.penalty.value(values), dtype=torch.float64)
 
-    def _losses_again(self) -> list[Tensor]:
-        """Without a graph, unless a closure asks for one on its way, as to differentiate."""
+    def _run_again(self) -> list[Tensor]:
+        """The losses, without a graph unless a closure asks for one on its way to its loss."""
         graph = self.setting.differentiates
         try:
-            return [losses_again(c, self.evaluation, graph=graph) for c in self.closures]
+            return [_losses_again(c, self.evaluation, graph=graph) for c in self.closures]
         except RuntimeError as error:
-            if graph or not lacks_graph(error):
+            if graph or not _lacks_graph(error):
                 raise
         self.setting.differentiates = True
         self.effects.rewind()
-        return self._losses_again()
+        return self._run_again()
 
     def value(self) -> float:
         """The mean loss at theta."""
@@ -160,44 +159,6 @@ class Trial:
         change = inner(sizes, [None if g is None else g.abs() for g in self.evaluation.grads])
         return change <= self.rounding(0.0)
 
-    @torch.no_grad()
-    def check_repeats(self, value: float, slope: float, squared_norm: float) -> None:
-        """Refuse closures that do not give the loss as a function of the parameters.
-
-        Raises:
-            ValueError: the loss is another at the same parameters, or the same at others, or falls
-                otherwise than its gradient says.
-        """
-        again, rounding = self.loss_after(0.0), 100 * self.rounding(value)
-        if not abs(again - value) <= rounding:
-            raise ValueError(
-                f"the closure gave the loss {value:.6g}, and {again:.6g} when called again for the "
-                "same parameters: draw the batch outside it, and random numbers from the global "
-                "generators of torch, numpy or Python, which are set back in between"
-            )
-        t = self.share(_NEAR, squared_norm)
-        if t * abs(slope) <= rounding:
-            return
-        found = []
-        for step in (t, t / _NEARER, -t / _NEARER):
-            found.append((again - self.loss_after(step)) / (step * slope))
-            if not math.isfinite(found[-1]) or 1 / 2 < found[-1] < 2:
-                return
-        if found == [0, 0, 0]:
-            raise ValueError(
-                "the closure gives the same loss for other parameters, though its gradient is not "
-                "zero: compute the loss, and all that it is made of, inside the closure; of what "
-                "only a straight-through estimator differentiates, there is no loss ahead to see"
-            )
-        # At a kink the two sides differ, and where the loss bends at once the two lengths.
-        if max(found) - min(found) < 1 / 4:
-            raise ValueError(
-                f"along the direction the loss falls {found[1]:.2g} times as fast as its gradient "
-                "says, which is then not that of the loss, as where a backward pass reverses it, "
-                "a hook changes it, or a straight-through estimator or detach() stands in for it: "
-                "no step length follows from the two"
-            )
-
     def slope_after(self, step: float) -> float:
         """The derivative of the mean loss along d at theta - step d.
 
@@ -245,6 +206,32 @@ class Trial:
         if 1 / _MODERATE <= length <= _MODERATE:
             return self.direction, 1.0
         return list(torch._foreach_div(self.direction, length)), length
+
+
+def _losses_again(closure: Closure, known: Evaluation, *, graph: bool) -> Tensor:
+    """The losses of a closure that is run again; its gradients are those known."""
+    found: list[Tensor] = []
+
+    def called(loss: Tensor) -> None:
+        found.append(loss)
+        accumulate(known)
+
+    forget_casts()
+    with intercepted(called), torch.set_grad_enabled(graph), resharded():
+        result: Tensor = closure()
+    return (found[0] if found else result).detach()
+
+
+def _lacks_graph(error: RuntimeError) -> bool:
+    """Whether a closure asked for a graph where it was run without one."""
+    return any(sign in str(error) for sign in _SIGNS)
+
+
+_SIGNS = (
+    "does not require grad",  # torch.autograd.grad
+    "that doesn't require gradient",  # Tensor.register_hook
+    "can't retain_grad",
+)
 
 
 def _mean(losses: Tensor) -> float:

@@ -20,9 +20,9 @@ from optim.autocast import forget_casts
 from optim.called import Called
 from optim.configuration import checked_entry, described, shapes
 from optim.estimators import Estimator
-from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate, without_grads
+from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate
+from optim.grads import LeftGrads, without_grads
 from optim.groups import check_devices, check_group, check_options, check_rate
-from optim.left_grads import LeftGrads
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
 from optim.ranges import check_count, check_kind, check_param_group, check_positive

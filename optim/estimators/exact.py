@@ -65,9 +65,9 @@ class Exact(Estimator):
         unit, length = trial.unit(line.squared_norm)
         penalty = trial.penalty.curvature(trial.direction)
 
-        def measure(tape: _Tape, scale: float) -> list[float]:
+        def measure(tape: _Tape, weight: float) -> list[float]:
             quadratic = tape.directional(unit, per_sample=bool(tape.per_sample))
-            factor = length * length / scale
+            factor = length * length / weight
             curvature = quadratic.curvature.double().item() * factor
             if quadratic.per_sample is None:
                 return [curvature]

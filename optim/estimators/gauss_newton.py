@@ -86,14 +86,14 @@ class GaussNewton(Estimator):
     def estimate(self, trial: Trial, line: Line, reach: float) -> Estimate | str:
         unit, length = trial.unit(line.squared_norm)
 
-        def measure(tape: _Watching, scale: float) -> list[float]:
+        def measure(tape: _Watching, weight: float) -> list[float]:
             if not tape.outputs:
                 raise ValueError(
                     "the closure did not call the model that GaussNewton was given, so its "
                     "outputs, between which and the loss the curvature is taken, are not known"
                 )
             curvature = tape.gauss_newton(unit, tape.outputs).curvature.double().item()
-            return [curvature * length * length / scale]
+            return [curvature * length * length / weight]
 
         (curvature,) = trial.measured(self.recorder, measure)
         curvature += trial.penalty.curvature(trial.direction)
