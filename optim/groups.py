@@ -9,7 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.apart import check_apart
 from optim.ranges import check_number
+from optim.sharded import check_sharding
+
+
+def check_wrappable(
+    new: Sequence[dict[str, Any]],
+    others: Sequence[dict[str, Any]],
+    *,
+    several: bool,
+    exact: str | None,
+) -> None:
+    """Refuse new groups that cannot be wrapped, by themselves or together with others.
+
+    Args:
+        others: the groups that are wrapped already.
+        several, exact: as for :func:`optim.sharded.check_sharding`.
+    """
+    for group in new:
+        check_group(group)
+    check_together([*others, *new])
+    for group in new:
+        check_sharding(group["params"], several=several, exact=exact)
 
 
 def check_rate(group: dict[str, Any]) -> None:
@@ -52,6 +74,12 @@ def check_group(group: dict[str, Any]) -> None:
                 f"{_described(i, p)} has dtype {p.dtype}; only float32 and float64 can be used. "
                 "For half precision leave it in float32 and evaluate the loss under torch.autocast"
             )
+
+
+def check_together(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse groups whose parameters cannot be stepped together."""
+    check_devices(groups)
+    check_apart(groups)
 
 
 def check_devices(groups: Sequence[dict[str, Any]]) -> None:

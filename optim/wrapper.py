@@ -15,21 +15,20 @@ from torch.optim import Optimizer
 
 from curvature import SideEffects, uncompiled
 from optim.ahead import Ahead, along
-from optim.apart import check_apart, places
+from optim.apart import places
 from optim.autocast import forget_casts
 from optim.called import Called
 from optim.configuration import checked_entry, described, shapes
 from optim.estimators import Estimator
 from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate
 from optim.grads import LeftGrads, without_grads
-from optim.groups import check_devices, check_group, check_options, check_rate
+from optim.groups import check_options, check_rate, check_together, check_wrappable
 from optim.loss_scale import LossScale
 from optim.penalty import penalty_of
 from optim.ranges import check_count, check_kind, check_param_group, check_positive
 from optim.ranks import Ranks
 from optim.record import Records, StepRecord
 from optim.rules import Rule
-from optim.sharded import check_sharding
 from optim.stepper import Stepper
 from optim.trial import Trial
 
@@ -81,13 +80,8 @@ class Wrapper(Optimizer):
         self.stepper = Stepper(
             base, estimator=estimator, rule=rule, every=every, checked=checked, clip=clip
         )
-        for group in base.param_groups:
-            check_group(group)
-        check_devices(base.param_groups)
-        check_apart(base.param_groups)
         self._setting = Setting(LossScale(scaler), Ranks(process_group), Called())
-        for group in base.param_groups:
-            self._check_sharding(group)
+        self._check_groups(base.param_groups)
         # Nothing is refused from here on, so that a base that is stays as it was.
         fastest = max(float(group["lr"]) for group in base.param_groups)
         for group in base.param_groups:
@@ -141,10 +135,7 @@ class Wrapper(Optimizer):
         check_rate({"lr": ell})
         self.base.add_param_group({**param_group, "lr": 0.0})
         group = self.param_groups.pop()
-        check_group(group)
-        check_devices([*self.param_groups, group])
-        check_apart([*self.param_groups, group])
-        self._check_sharding(group)
+        self._check_groups([group], self.param_groups)
         self.param_groups.append({**group, "lr": ell})
 
     def _checked_params(self) -> list[Tensor]:
@@ -154,15 +145,16 @@ class Wrapper(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         found = places(params)
         if found is None or found != self._places:
-            check_devices(self.param_groups)
-            check_apart(self.param_groups)
+            check_together(self.param_groups)
             self._places = found
         return params
 
-    def _check_sharding(self, group: dict[str, Any]) -> None:
+    def _check_groups(
+        self, new: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]] = ()
+    ) -> None:
         estimator = self.stepper.estimator
         exact = type(estimator).__name__ if estimator.needs_graph else None
-        check_sharding(group["params"], several=self._setting.ranks.several, exact=exact)
+        check_wrappable(new, others, several=self._setting.ranks.several, exact=exact)
 
     @_disable_dynamo  # as zero_grad of torch's own optimizers
     def step(self, closure: Closure | Sequence[Closure] | None = None) -> Any:
