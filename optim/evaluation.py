@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from curvature import NonFiniteLoss, gradient, parameter_hooks_off
+from curvature import NonFiniteLoss, SideEffects, gradient, parameter_hooks_off
 from optim.autocast import autocast_noted, forget_casts
 from optim.called import Called
 from optim.grads import check_no_grads, set_grads, without_grads
@@ -57,6 +57,22 @@ class Setting:
 
 
 @dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch: the closures that give its losses, and what they are evaluated in.
+
+    Attributes:
+        params: all parameters of the base optimizer, also those that are frozen by now.
+        effects: evaluated again, the closures find random numbers and buffers as they did at
+            first, before the block of these.
+    """
+
+    closures: Sequence[Closure]
+    params: Sequence[Tensor]
+    setting: Setting
+    effects: SideEffects
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What one closure gave, or several that have a part of the batch each.
 
@@ -98,12 +114,7 @@ class Evaluation:
 
 
 def evaluate(
-    closures: Sequence[Closure],
-    recorder: Callable[[], Recorder],
-    params: Sequence[Tensor],
-    setting: Setting,
-    *,
-    all_leaves: bool = False,
+    batch: Batch, recorder: Callable[[], Recorder], *, all_leaves: bool = False
 ) -> Evaluation:
     """Run each closure forward and backward, with no more than one graph at a time.
 
@@ -114,6 +125,7 @@ def evaluate(
     Raises:
         TypeError, ValueError: a closure gave no usable loss; the message says why.
     """
+    closures, params, setting = batch.closures, batch.params, batch.setting
     if len(closures) == 1:
         return differentiated(closures[0], recorder(), params, setting, all_leaves=all_leaves)
     parts: list[Evaluation] = []

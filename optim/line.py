@@ -20,7 +20,7 @@ class Line:
         momentum: the share of the last direction that the base keeps in this one.
         ell: the user's factor on the step, the largest ``group["lr"]``.
         kinetic: the energy of the base's inertia, if the rule asks for it.
-        limit: the largest r that the base allows.
+        limit: the largest step that the base allows.
     """
 
     iteration: int
@@ -31,6 +31,11 @@ class Line:
     ell: float = 1.0
     kinetic: Kinetic | None = None
     limit: float = math.inf
+
+    @property
+    def largest_r(self) -> float:
+        """The largest r that the base allows."""
+        return self.limit / self.ell if self.ell > 0 else math.inf
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +17,10 @@ from optim.consistent import check_consistent
 from optim.direction import check_hooks, momentum, proposer
 from optim.energy import Kinetic, kinetic_of
 from optim.estimators import Estimator
-from optim.evaluation import Evaluation
+from optim.evaluation import Batch, Evaluation, Plain, evaluate
 from optim.grads import set_grads
 from optim.line import Estimate, Line
+from optim.penalty import penalty_of
 from optim.ranges import check_count
 from optim.record import StepRecord
 from optim.rules import Rule
@@ -27,6 +28,7 @@ from optim.rules.rule import State
 from optim.snapshot import Snapshot
 from optim.trial import Trial
 
+OVERFLOW = "the gradient, or its square, is NaN or infinite"
 _HALVINGS = 40  # after which no length of the step is left to speak of
 _SMALLEST = sys.float_info.min
 _LEAST = _SMALLEST / sys.float_info.epsilon  # of a sum of squares that has all its digits
@@ -53,13 +55,9 @@ class Plan:
     state: State = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
 
-    def skipped(self, why: str) -> Plan:
-        self.numbers["skipped"] = why
-        return self
-
     @property
     def record(self) -> StepRecord:
-        """Of the step, or of why there is none."""
+        """What is recorded of the step, or of why there is none."""
         return StepRecord(self.line.iteration, self.line.value, **self.numbers)
 
 
@@ -69,7 +67,7 @@ class Stepper:
     Attributes:
         rule_state: what the rule remembers.
         length: of the last step at ell = 1, or less where a probe beyond it was NaN or infinite.
-        energy: the kinetic energy that it left.
+        energy: the kinetic energy that the last step left.
     """
 
     def __init__(
@@ -93,17 +91,63 @@ class Stepper:
         self.energy = 0.0
         self._consistent = False  # whether the closures were seen to be
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs of it."""
+        rule_state = dict(self.rule_state)
+        return {"length": self.length, "energy": self.energy, "rule_state": rule_state}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state` gave; other entries are passed over."""
+        self.length, self.energy = state["length"], state["energy"]
+        self.rule_state = dict(state["rule_state"])
+
     def due(self, iteration: int) -> bool:
         """Whether this step takes an estimate."""
         return self.rule.due(iteration, self.every, self.rule_state)
 
-    def advance(self, iteration: int, trial: Trial, due: bool) -> StepRecord:
-        """Go along the base's direction, or leave the base as before."""
+    def step(self, iteration: int, batch: Batch, due: bool) -> tuple[Any, StepRecord]:
+        """Evaluate the closures and go along the base's direction, or leave the base as before.
+
+        Returns:
+            What the closures gave, whose effects stand, and the record of the step.
+        """
+        recorder = self.estimator.recorder if due else Plain
+        found = evaluate(batch, recorder, all_leaves=True)
+        if found.unusable is not None:
+            return found.result, StepRecord(iteration, skipped=found.unusable)
+        # The square must be finite too: preconditioners that hold it would never recover.
+        (squared_norm,) = batch.setting.ranks.means(found.squared_norm)
+        overflowed = not squared_norm <= _largest(found.params)
+        if overflowed:
+            record = StepRecord(iteration, skipped=OVERFLOW)
+        else:
+            record = self._advance(iteration, batch, found, due)
+        # Not before: it writes to the scale, which the graph has saved.
+        batch.setting.loss_scale.update(overflowed=overflowed)
+        return found.result, record
+
+    def ahead(self, iteration: int, batch: Batch) -> Plan:
+        """What the step would be, with an estimate; the base and the rule stay as they are.
+
+        Raises:
+            ValueError: a loss is NaN or infinite.
+        """
+        found = evaluate(batch, self.estimator.recorder)
+        if found.unusable is not None:
+            raise ValueError(f"no step lies ahead: {found.unusable}")
+        before, rule_state, length = Snapshot(self.base), self.rule_state, self.length
+        try:
+            return self._plan(iteration, batch, found, True)
+        finally:
+            before.restore()
+            self.rule_state, self.length = rule_state, length
+
+    def _advance(self, iteration: int, batch: Batch, found: Evaluation, due: bool) -> StepRecord:
         check_hooks(self.base)
         before = Snapshot(self.base)
         record = None
         try:
-            plan = self._plan(iteration, trial, due)
+            plan = self._plan(iteration, batch, found, due)
             record = plan.record
             if record.skipped is None:
                 self._go(plan)
@@ -112,26 +156,16 @@ class Stepper:
                 before.restore()
         return record
 
-    def ahead(self, iteration: int, trial: Trial) -> Plan:
-        """What the step would be, with an estimate; the base and the rule stay as they are."""
-        before, rule_state, length = Snapshot(self.base), self.rule_state, self.length
-        try:
-            return self._plan(iteration, trial, True)
-        finally:
-            before.restore()
-            self.rule_state, self.length = rule_state, length
-
-    def _plan(self, iteration: int, trial: Trial, due: bool) -> Plan:
+    def _plan(self, iteration: int, batch: Batch, found: Evaluation, due: bool) -> Plan:
         """Ask the base for a direction, and the rule how far to go along it."""
-        self._hand_over(trial.evaluation)
+        self._hand_over(batch, found)
         ell = max(float(group["lr"]) for group in self.base.param_groups)
         ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.base.param_groups]
         proposed = self._proposer.propose(ratios)
-        direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in trial.params]
-        trial = replace(trial, direction=direction)
+        direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in found.params]
+        trial = Trial(batch, found, penalty_of(self.base, found.params), direction)
         kinetic = None if self._kinetic_of is None else self._kinetic_of(ratios, self.energy)
         slope, squared_norm = trial.slope_and_squared_norm()
-        limit = self._proposer.limit(ratios)
         line = Line(
             iteration,
             value=trial.value(),
@@ -140,41 +174,57 @@ class Stepper:
             momentum=momentum(self.base),
             ell=ell,
             kinetic=kinetic,
-            limit=limit / ell if ell > 0 else math.inf,
+            limit=self._proposer.limit(ratios),
         )
         plan = Plan(trial, line)
-        numbers = plan.numbers
-        if kinetic is not None:
-            numbers["energy"] = line.value + kinetic.before
+        why = self._choose(plan, due)
+        if why is not None:
+            plan.numbers["skipped"] = why
+        return plan
+
+    def _hand_over(self, batch: Batch, found: Evaluation) -> None:
+        """Put the gradients into ``p.grad``, where the base looks for them."""
+        if not found.accumulated:
+            # Also of a parameter that is frozen by now: the base would go on along the last one.
+            for p in batch.params:
+                p.grad = None
+            set_grads(found.params, found.grads, copied=self.clip is not None)
+        if self.clip is not None:
+            self.clip([p for p in found.params if p.grad is not None])
+
+    def _choose(self, plan: Plan, due: bool) -> str | None:
+        """Fill in how far to go, or say why no step follows."""
+        trial, line, numbers = plan.trial, plan.line, plan.numbers
+        if line.kinetic is not None:
+            numbers["energy"] = line.value + line.kinetic.before
         if not math.isfinite(line.slope) or not math.isfinite(line.squared_norm):
-            return plan.skipped("the direction of the base optimizer is NaN or infinite")
-        if squared_norm < _LEAST and not trial.is_flat():
-            return plan.skipped(_TOO_SMALL)
+            return "the direction of the base optimizer is NaN or infinite"
+        if line.squared_norm < _LEAST and not trial.is_flat():
+            return _TOO_SMALL
         numbers["slope"] = line.slope
         if due and line.squared_norm > 0:
-            found = self._measure(trial, line)
-            if isinstance(found, str):
-                return plan.skipped(found)
-            plan.estimate = found
-            numbers["curvature"], numbers["magnitude"] = found.curvature, found.magnitude
-        looks_ahead = iteration <= self.checked or (due and not self.estimator.needs_graph)
+            estimate = self._measure(trial, line)
+            if isinstance(estimate, str):
+                return estimate
+            plan.estimate = estimate
+            numbers["curvature"], numbers["magnitude"] = estimate.curvature, estimate.magnitude
+        checks = line.iteration <= self.checked
+        looks_ahead = checks or (due and not self.estimator.needs_graph)
         if looks_ahead and line.squared_norm > 0 and not self._consistent:
             # Not before: buffers are written to, which the graph may have saved.
             check_consistent(trial, line)
             self._consistent = True
         r, plan.state = self.rule.choose(line, plan.estimate, self.rule_state)
         if isinstance(r, str):
-            return plan.skipped(r)
+            return r
         numbers["r"] = r
-        step = min(ell * r, limit)
-        length = math.sqrt(line.squared_norm)
-        largest = min(torch.finfo(dtype).max for dtype in {d.dtype for d in direction})
-        if not abs(step) * max(1.0, length) < largest:
-            return plan.skipped(f"a step of {step:.1e} overflows the parameters' dtype")
-        if iteration <= self.checked and step > 0 and (line.slope > 0 or kinetic is not None):
+        step = min(line.ell * r, line.limit)
+        if not abs(step) * max(1.0, math.sqrt(line.squared_norm)) < _largest(trial.direction):
+            return f"a step of {step:.1e} overflows the parameters' dtype"
+        if checks and step > 0 and (line.slope > 0 or line.kinetic is not None):
             step = _shortened(trial, line, step)
         numbers["step"] = step
-        return plan
+        return None
 
     def _go(self, plan: Plan) -> None:
         line, step = plan.line, plan.numbers["step"]
@@ -185,16 +235,6 @@ class Stepper:
         if line.ell * step > 0:
             # A schedule that takes ell to 0 must not take the probes into the rounding.
             self.length = step / line.ell * math.sqrt(line.squared_norm)
-
-    def _hand_over(self, found: Evaluation) -> None:
-        """Put the gradients into ``p.grad``, where the base looks for them."""
-        if not found.accumulated:
-            # Also of a parameter that is frozen by now: the base would go on along the last one.
-            for p in (p for group in self.base.param_groups for p in group["params"]):
-                p.grad = None
-            set_grads(found.params, found.grads, copied=self.clip is not None)
-        if self.clip is not None:
-            self.clip([p for p in found.params if p.grad is not None])
 
     def _measure(self, trial: Trial, line: Line) -> Estimate | str:
         reach = math.inf
@@ -236,3 +276,8 @@ def _shortened(trial: Trial, line: Line, step: float) -> float:
             break
         step /= 2
     return step
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """The largest number that each of them may hold."""
+    return min(torch.finfo(dtype).max for dtype in {t.dtype for t in tensors})

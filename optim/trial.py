@@ -16,11 +16,11 @@ from torch import Tensor
 from curvature import NonFiniteLoss, SideEffects
 from optim.autocast import forget_casts
 from optim.evaluation import (
+    Batch,
     Closure,
     Evaluation,
     Plain,
     Recorder,
-    Setting,
     accumulate,
     differentiated,
     evaluate,
@@ -38,15 +38,12 @@ _MODERATE = 2.0**16  # times 1, up or down
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """The closures, what they gave and what recorded it, and the direction d that followed.
+    """A batch, what its closures gave, and the direction d that followed.
 
-    What it answers of the loss has the penalty in it. Evaluated again, the closures find random
-    numbers and buffers as they did at first, before the block of ``effects``.
+    What it answers of the loss has the penalty in it.
     """
 
-    closures: Sequence[Closure]
-    setting: Setting
-    effects: SideEffects
+    batch: Batch
     evaluation: Evaluation
     penalty: Penalty
     direction: list[Tensor]
@@ -57,7 +54,7 @@ class Trial:
 
     def aside(self) -> SideEffects:
         """A block after which buffers and random numbers are as they are now."""
-        return SideEffects({*self.setting.called, *self.effects.called})
+        return SideEffects({*self.batch.setting.called, *self.batch.effects.called})
 
     def measured(
         self, recorder: Callable[[], R], measure: Callable[[R, float], list[float]]
@@ -77,8 +74,8 @@ class Trial:
         if found.recorder is not None:
             parts = [measure(cast(R, found.recorder), found.weight)]
         else:
-            self.effects.rewind()
-            parts = [self._measured_again(c, recorder(), measure) for c in self.closures]
+            self.batch.effects.rewind()
+            parts = [self._measured_again(c, recorder(), measure) for c in self.batch.closures]
         shared = [[k * x for x in part] for k, part in zip(found.shares, parts, strict=True)]
         return self.means(*map(sum, zip(*shared, strict=True)))
 
@@ -86,7 +83,7 @@ class Trial:
         self, closure: Closure, recorder: R, measure: Callable[[R, float], list[float]]
     ) -> list[float]:
         with self._without_grads():
-            part = differentiated(closure, recorder, self.params, self.setting)
+            part = differentiated(closure, recorder, self.params, self.batch.setting)
         if part.unusable is not None:
             raise NonFiniteLoss(part.unusable)
         return measure(recorder, part.weight)
@@ -102,14 +99,14 @@ class Trial:
 
     def _run_again(self) -> list[Tensor]:
         """The losses, without a graph unless a closure asks for one on its way to its loss."""
-        graph = self.setting.differentiates
+        graph = self.batch.setting.differentiates
         try:
-            return [_losses_again(c, self.evaluation, graph=graph) for c in self.closures]
+            return [_losses_again(c, self.evaluation, graph=graph) for c in self.batch.closures]
         except RuntimeError as error:
             if graph or not _lacks_graph(error):
                 raise
-        self.setting.differentiates = True
-        self.effects.rewind()
+        self.batch.setting.differentiates = True
+        self.batch.effects.rewind()
         return self._run_again()
 
     def value(self) -> float:
@@ -118,13 +115,13 @@ class Trial:
 
     def _over_ranks(self, losses: Tensor) -> float:
         """The mean of numbers that belong to the losses, over those of all ranks."""
-        share = losses.numel() * self.setting.ranks.size / self.evaluation.count
+        share = losses.numel() * self.batch.setting.ranks.size / self.evaluation.count
         (mean,) = self.means(share * _mean(losses))
         return mean
 
     def means(self, *numbers: float) -> list[float]:
         """The mean of each number over the ranks."""
-        return self.setting.ranks.means(*numbers)
+        return self.batch.setting.ranks.means(*numbers)
 
     def slope_and_squared_norm(self) -> tuple[float, float]:
         """The derivative <d, g> of the mean loss along d, and ‖d‖²."""
@@ -167,7 +164,7 @@ class Trial:
         """
         values = self._after(step)
         with self._moved_to(values):
-            found = evaluate(self.closures, Plain, self.params, self.setting)
+            found = evaluate(self.batch, Plain)
         if found.unusable is not None:
             raise NonFiniteLoss(found.unusable)
         return inner(self.direction, found.grads) + self.penalty.slope(values, self.direction)
@@ -179,7 +176,7 @@ class Trial:
     @contextmanager
     def _moved_to(self, values: Sequence[Tensor]) -> Iterator[None]:
         own = [local(p.detach()).clone() if is_sharded(p) else p.data for p in self.params]
-        self.effects.rewind()
+        self.batch.effects.rewind()
         try:
             for p, value in zip(self.params, values, strict=True):
                 _set(p, local(value))

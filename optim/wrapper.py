@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
@@ -20,22 +19,18 @@ from optim.autocast import forget_casts
 from optim.called import Called
 from optim.configuration import checked_entry, described, shapes
 from optim.estimators import Estimator
-from optim.evaluation import Closure, Evaluation, Plain, Setting, evaluate
+from optim.evaluation import Batch, Closure, Setting
 from optim.grads import LeftGrads, without_grads
 from optim.groups import check_options, check_rate, check_together, check_wrappable
 from optim.loss_scale import LossScale
-from optim.penalty import penalty_of
 from optim.ranges import check_count, check_kind, check_param_group, check_positive
 from optim.ranks import Ranks
-from optim.record import Records, StepRecord
+from optim.record import Records
 from optim.rules import Rule
-from optim.stepper import Stepper
-from optim.trial import Trial
+from optim.stepper import OVERFLOW, Stepper
 
 if TYPE_CHECKING:  # some builds of torch are without it
     from torch.distributed import ProcessGroup
-
-_OVERFLOW = "the gradient, or its square, is NaN or infinite"
 
 
 class Wrapper(Optimizer):
@@ -211,7 +206,8 @@ class Wrapper(Optimizer):
         record = None
         try:
             with uncompiled() if plainly else nullcontext(), SideEffects(called) as effects:
-                found, record = self._attempt(closures, params, effects, due)
+                batch = Batch(closures, params, self._setting, effects)
+                result, record = self.stepper.step(self.iteration + 1, batch, due)
                 if record.skipped is None:
                     effects.keep()
                 called.note(effects.called)
@@ -226,12 +222,12 @@ class Wrapper(Optimizer):
         self.skipped += record.skipped is not None
         self.records.append(record)
         # A loss scale finds its place by overflows.
-        expected = record.skipped == _OVERFLOW and self._setting.loss_scale.used
+        expected = record.skipped == OVERFLOW and self._setting.loss_scale.used
         if record.skipped is not None and not expected:
             message = f"step {record.iteration} skipped, nothing changed: {record.skipped}"
             # Above are the frames of torch's two decorators.
             warnings.warn(message, RuntimeWarning, stacklevel=5)
-        return found.result
+        return result
 
     def look_ahead(
         self, closure: Closure | Sequence[Closure], *, points: int = 41, reach: float = 1.5
@@ -266,48 +262,19 @@ class Wrapper(Optimizer):
         params = self._checked_params()
         try:
             with uncompiled(), without_grads(params), SideEffects() as effects:
-                found = evaluate(closures, self.stepper.estimator.recorder, params, self._setting)
-                if found.unusable is not None:
-                    raise ValueError(f"no step lies ahead: {found.unusable}")
-                penalty = penalty_of(self.base, found.params)
-                trial = Trial(closures, self._setting, effects, found, penalty, [])
-                plan = self.stepper.ahead(self.iteration + 1, trial)
+                batch = Batch(closures, params, self._setting, effects)
+                plan = self.stepper.ahead(self.iteration + 1, batch)
                 return along(plan, points=points, reach=reach)
         finally:
             forget_casts()
-
-    def _attempt(
-        self, closures: Sequence[Closure], params: list[Tensor], effects: SideEffects, due: bool
-    ) -> tuple[Evaluation, StepRecord]:
-        """Evaluate the closures and go, or say why not; what they did besides stands."""
-        iteration = self.iteration + 1
-        recorder = self.stepper.estimator.recorder if due else Plain
-        found = evaluate(closures, recorder, params, self._setting, all_leaves=True)
-        if found.unusable is not None:
-            return found, StepRecord(iteration, skipped=found.unusable)
-        # The square must be finite too: preconditioners that hold it would never recover.
-        largest = min(torch.finfo(dtype).max for dtype in {p.dtype for p in found.params})
-        (squared_norm,) = self._setting.ranks.means(found.squared_norm)
-        overflowed = not squared_norm <= largest
-        if overflowed:
-            record = StepRecord(iteration, skipped=_OVERFLOW)
-        else:
-            penalty = penalty_of(self.base, found.params)
-            trial = Trial(closures, self._setting, effects, found, penalty, [])
-            record = self.stepper.advance(iteration, trial, due)
-        # Not before: it writes to the scale, which the graph has saved.
-        self._setting.loss_scale.update(overflowed=overflowed)
-        return found, record
 
     def _own_state(self) -> dict[str, Any]:
         return {
             "iteration": self.iteration,
             "skipped": self.skipped,
-            "length": self.stepper.length,
-            "energy": self.stepper.energy,
-            "steady": self._setting.loss_scale.steady,
-            "rule_state": dict(self.stepper.rule_state),
             "states": len(self.base.state),
+            "steady": self._setting.loss_scale.steady,
+            **self.stepper.state(),
         }
 
     def _configuration(self) -> dict[str, Any]:
@@ -355,9 +322,8 @@ class Wrapper(Optimizer):
         own = checked_entry(state_dict, self._configuration(), self._own_state())
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "wrapper"})
         self.iteration, self.skipped = own["iteration"], own["skipped"]
-        self.stepper.length, self.stepper.energy = own["length"], own["energy"]
         self._setting.loss_scale.steady = own["steady"]
-        self.stepper.rule_state = dict(own["rule_state"])
+        self.stepper.load(own)
 
     def __getstate__(self) -> dict[str, Any]:
         hooks_and_patches = {k for k in self.__dict__ if k.startswith("_optimizer_")} | {"step"}

@@ -89,7 +89,7 @@ class Trust(Lipschitz):
             unsettled = going >= _GROWTH * trusted or lipschitz > _BENT * known
             if going > 0:
                 trusted = going if trusted == math.inf else max(going, _LEAST * trusted)
-                trusted = min(trusted, line.limit * length)
+                trusted = min(trusted, line.largest_r * length)
             state = {**state, "trusted": trusted, "unsettled": float(unsettled)}
         state = cautioned(line, state, fall=_CAUTION, rise=_CAUTION)
         return filled * state["caution"] * going / length, state
