@@ -20,7 +20,7 @@ class _Placed(NamedTuple):
 
 
 def places(params: Sequence[Tensor]) -> list[int] | None:
-    """Where each begins, to see cheaply whether any is elsewhere; None before all have memory."""
+    """Where the memory of each begins, to see cheaply if any has moved; None if one has none."""
     try:
         return [p.data_ptr() for p in params]
     except ValueError:  # of a lazy module
@@ -28,7 +28,7 @@ def places(params: Sequence[Tensor]) -> list[int] | None:
 
 
 def check_apart(groups: Sequence[dict[str, Any]]) -> None:
-    """Refuse a parameter that is listed twice, and two of which entries are the same memory.
+    """Refuse a parameter that is listed twice, and two that share memory.
 
     Views of one buffer that have no entry in common are apart.
     """
@@ -57,7 +57,7 @@ def _placed(name: str, p: Tensor) -> _Placed:
 
 
 def _touching(placed: Sequence[_Placed]) -> Iterator[list[_Placed]]:
-    """Those whose ranges of memory overlap, together."""
+    """Sets of parameters whose ranges of memory overlap."""
     some: list[_Placed] = []
     end = 0
     for one in placed:

@@ -20,7 +20,7 @@ class Called:
         self.known = False
 
     def note(self, modules: Iterable[nn.Module]) -> None:
-        """At the end of a step that called these."""
+        """Remember modules that a step has called."""
         self._modules.update(modules)
         self.known = True
 

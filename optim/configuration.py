@@ -12,12 +12,12 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def shapes(groups: Iterable[dict[str, Any]]) -> Shapes:
-    """That of every parameter of each group."""
+    """The shape of every parameter of each group."""
     return [[list(p.shape) for p in group["params"]] for group in groups]
 
 
 def described(part: Any, kinds: tuple[type, ...]) -> str:
-    """In words that are the same in every process.
+    """A description that is the same in every process.
 
     An instance of one of ``kinds`` is its class and attributes, but for those that a dataclass
     keeps out of its ``repr``; anything else is its ``repr``, without an address.

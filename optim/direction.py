@@ -69,7 +69,7 @@ def check_hooks(base: Optimizer) -> None:
 
 _MOST_MOMENTUM = 0.999  # 1 would remember for ever
 
-# Of torch's optimizers; others say it themselves in an attribute not_linear.
+# Torch's own, and why; others say it themselves in an attribute not_linear.
 _NOT_LINEAR = {
     "LBFGS": "it evaluates the loss several times and chooses its own step",
     "Rprop": "its lr only sets the first step sizes, which then adapt on their own",

@@ -36,14 +36,14 @@ class Energetic(Protocol):
     """A base optimizer that knows the kinetic energy of its last proposal."""
 
     def kinetic(self) -> Kinetic:
-        """That of the last proposal, in units in which J + K is the energy that falls."""
+        """The kinetic energy of the last proposal, in units in which J + K is what falls."""
 
 
 def kinetic_of(base: Optimizer) -> Callable[[Sequence[float], float], Kinetic]:
     """What gives the kinetic energy of ``base``'s last proposal.
 
-    It takes the ratios of the groups, and the kinetic energy that the last step left. A copy of
-    it together with the base is of the copied base.
+    It takes the ratios of the groups, and the kinetic energy that the last step left. Copied
+    together with the base, it belongs to the copy.
 
     Raises:
         TypeError, ValueError: no energy is known for this optimizer, as it is set up.

@@ -11,7 +11,7 @@ from torch import Tensor, optim
 from optim.penalty import is_coupled
 from optim.twins import OnTwins
 
-# Linear in lr, and blind for the parameters but for weight decay. Subclasses may be neither.
+# Steps linear in lr that see the parameters through weight decay alone; not so all subclasses.
 BLIND = {
     optim.SGD,
     optim.RMSprop,

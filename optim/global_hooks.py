@@ -14,7 +14,7 @@ _lock = threading.Lock()
 
 
 class _Elsewhere:
-    """A hook that does not run in the threads inside."""
+    """A hook that does not run in threads inside :func:`global_hooks_off`."""
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self.hook = hook
@@ -25,7 +25,7 @@ class _Elsewhere:
 
 @contextmanager
 def global_hooks_off() -> Iterator[None]:
-    """Inside, those of ``register_optimizer_step_pre_hook`` and its like do not run in this thread.
+    """Inside, hooks by ``register_optimizer_step_pre_hook`` and its like do not run in this thread.
 
     They run around the wrapper's step, on the parameters; in the base's, which is made several
     times and on twins, what they change would pass for the gradient or the direction.

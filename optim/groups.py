@@ -44,7 +44,7 @@ def check_rate(group: dict[str, Any]) -> None:
 
 
 def check_options(group: dict[str, Any]) -> None:
-    """Refuse those with which no step can be taken; a caller may set them between steps."""
+    """Refuse options with which no step can be taken; a caller may set them between steps."""
     check_rate(group)
     if "momentum" in group:
         check_number("momentum", group["momentum"])

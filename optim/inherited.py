@@ -1,4 +1,4 @@
-"""Which of torch's own optimizers steps, where a class of another name or place may inherit it."""
+"""Which of torch's own optimizers a class inherits its step from."""
 
 from __future__ import annotations
 

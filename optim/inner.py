@@ -12,8 +12,8 @@ from torch import Tensor
 from optim.sharded import is_sharded, local, sum_of_parts
 
 _SMALL = 1e-25
-_BLOCK = 2**12  # entries; of longer sums single precision loses digits
-_WHOLE = 2**15  # up to here their own kernel sums in several parts anyway
+_BLOCK = 2**12  # entries; longer sums lose digits in single precision
+_WHOLE = 2**15  # entries; up to here torch.dot itself sums in several parts
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
@@ -41,12 +41,12 @@ def _inner(tensors: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 
 def _flat(a: Tensor) -> Tensor:
-    # What is expanded would be summed one by one, with all the rounding of that.
+    # An expanded tensor would be summed entry by entry, and rounded each time.
     return a.flatten().contiguous()
 
 
 def _joined(tuples: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """The same entries with those of short vectors, of which models have many, in one."""
+    """The same vectors, but for the short ones, of which models have many, joined into one."""
     short: dict[Any, list[tuple[Tensor, ...]]] = {}
     for vectors in tuples:
         if vectors[0].numel() > _WHOLE:

@@ -88,7 +88,7 @@ def _loss(
 
 
 def _entry(value: Any) -> Any:
-    """Of a sequence of one, its entry."""
+    """The only entry of a sequence; anything else as it is."""
     if isinstance(value, Sequence) and len(value) == 1:
         return value[0]
     return value

@@ -41,14 +41,14 @@ class LinearInRate(OnTwins):
         return self._rescaled(ratios, self.RATE)
 
     def _rescaled(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
-        """d, as a step at this rate has it."""
+        """d, told from a step at this rate."""
         direction = self._displacement(ratios, rate)
         if direction:
             torch._foreach_mul_(list(direction.values()), -1 / rate)
         return direction
 
     def _displacement(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
-        """Where the base's next step at this rate leads to, its state advancing: -rate d."""
+        """How far the base's next step at this rate moves, -rate d; its state advances."""
         grads = self._grads()
         twins = {p: twin_of(p) for p in grads}
         try:
@@ -129,7 +129,7 @@ class LinearInRate(OnTwins):
 
 
 def _put_back(kept: list[tuple[Tensor, Tensor, Tensor]]) -> bool:
-    """Give each parameter its own memory and values again; whether any had others."""
+    """Give each parameter its memory and values again, and tell whether any had others."""
     written = False
     for p, data, value in kept:
         # Writes through p.data leave no version to tell them by.

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 
 def check_same_loss(result: Any, loss: Tensor) -> None:
-    """Refuse a loss of which the one that the closure called backward on is no part, nor has it."""
+    """Refuse a returned loss that neither contains nor is part of the one of ``backward``."""
     if not isinstance(result, Tensor) or result.grad_fn is None:
         return
     if not _is_part(result, loss) and not _is_part(loss, result):
@@ -26,7 +26,7 @@ def _is_part(part: Tensor, whole: Tensor) -> bool:
 
 
 def other_leaves(losses: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """What else backward gives a gradient to."""
+    """The leaves besides params to which backward gives a gradient."""
     known = set(params)
     leaves = [node.variable for node in _behind(losses) if hasattr(node, "variable")]
     return [leaf for leaf in leaves if leaf not in known]

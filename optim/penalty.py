@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from optim.inherited import torch_kind
 from optim.inner import inner
 
-# Of torch's optimizers; others say it themselves in an attribute coupled_weight_decay.
+# Torch's that add it to the gradient; others say so in an attribute coupled_weight_decay.
 _COUPLED = {"SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Adam", "NAdam", "RAdam"}
 
 
@@ -28,7 +28,7 @@ class Penalty:
     weights: Sequence[float]
 
     def value(self, values: Sequence[Tensor]) -> float:
-        """At these values of the parameters."""
+        """The penalty at these values of the parameters."""
         return self._inner(values, values) / 2
 
     def slope(self, values: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
@@ -54,7 +54,7 @@ def is_coupled(base: Optimizer, group: dict[str, Any]) -> bool:
 
 
 def penalty_of(base: Optimizer, params: Sequence[Tensor]) -> Penalty:
-    """That of ``base``'s weight decay on ``params``; zero where it is decoupled, or not known."""
+    """The penalty of ``base``'s weight decay on ``params``; zero where that is not coupled."""
     weights = {
         p: float(group["weight_decay"])
         for group in base.param_groups

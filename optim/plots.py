@@ -136,7 +136,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _curves(axes: Axes, records: Sequence[StepRecord], **labels: str | None) -> None:
-    """Fields of the records, on a logarithmic scale as far as they are positive."""
+    """Draw fields of the records, on a logarithmic scale as far as they are positive."""
     sizes = []
     scale = "log"
     for name, label in labels.items():
@@ -157,7 +157,7 @@ def _curves(axes: Axes, records: Sequence[StepRecord], **labels: str | None) -> 
 
 
 def _shares(axes: Axes, records: Sequence[StepRecord]) -> None:
-    """The share of descent directions in a moving window; q_n of *Adaptive scaling*, (26)."""
+    """Draw q_n of *Adaptive scaling*, (26): the share of descent directions in a moving window."""
     slopes = [(r.iteration, r.slope >= 0) for r in records if r.slope is not None]
     window = max(1, len(slopes) // _WINDOWS)
     iterations = [k for k, _ in slopes[window - 1 :]]

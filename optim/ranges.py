@@ -17,7 +17,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_decay(name: str, value: float) -> None:
-    """Of a moving average."""
+    """Refuse what is no decay of a moving average."""
     check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name} is {value}; it must be in [0, 1)")

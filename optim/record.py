@@ -113,7 +113,8 @@ class Records(Sequence[StepRecord]):
         momentum it may fall below 1, and a low share tells of steps that are too long.
 
         Args:
-            last: of so many latest records, as of an epoch; of all that are held if None.
+            last: how many of the latest records count, as those of an epoch; all that are held if
+                None.
 
         Returns:
             The share, or NaN if no step has a slope.

@@ -17,12 +17,12 @@ from optim.ranges import check_count, check_kind, check_number, check_positive
 def cooldown(optimizer: Optimizer, steps: int, *, share: float = 0.4) -> LambdaLR:
     """Constant, then linearly to 0 over the last share of the steps.
 
-    What noise of the batches keeps a constant ell from, the end of the training finds. Call
-    ``step`` once per optimizer step.
+    With a constant ell the noise of the batches keeps the loss up; shrinking steps take it out.
+    Call ``step`` once per optimizer step.
 
     Args:
         steps: how many there will be.
-        share: of them that cools down, in (0, 1].
+        share: the share of them that cools down, in (0, 1].
 
     Raises:
         ValueError: an argument is out of range.

@@ -36,7 +36,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        # Where the process may go to another folder, and open takes numbers too.
+        # The process may go to another folder, and open would take a number for an open file.
         self._path = os.path.abspath(os.fspath(path))
         # A path that cannot be written must fail now, not after a step.
         with open(self._path, "ab+") as file:
@@ -83,7 +83,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(self._log_dir, purge_step=record.iteration)
-            # It leaves what it holds at the end of the process unwritten.
+            # At the end of the process it would leave unwritten what it holds.
             weakref.finalize(self, self._writer.close)
         for name, number in _numbers(record).items():
             self._writer.add_scalar(self._prefix + name, number, record.iteration)

@@ -46,10 +46,10 @@ class Snapshot:
             self._hold(value)
 
     def _hold(self, value: Any) -> None:
-        # What is seen from several places must be one thing afterwards too.
+        # What is held in several places must be one object afterwards too.
         if id(value) in self._held or id(value) in self._params:
             return
-        # Before the fixed ones: most are tensors, and there are many.
+        # Asked first, since most are tensors.
         if isinstance(value, _VALUES):
             self._held[id(value)] = value, _copy(value)
         elif not isinstance(value, _FIXED):
@@ -174,7 +174,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _same_entry(a: Any, b: Any) -> bool:
-    # What is no value is compared by itself, or not at all.
+    # Tensors and containers are compared on their own, other objects not at all.
     if not isinstance(a, _FIXED) or not isinstance(b, _FIXED):
         return type(a) is type(b)
     return bool(a == b) or (_is_nan(a) and _is_nan(b))

@@ -31,7 +31,7 @@ from optim.trial import Trial
 OVERFLOW = "the gradient, or its square, is NaN or infinite"
 _HALVINGS = 40  # after which no length of the step is left to speak of
 _SMALLEST = sys.float_info.min
-_LEAST = _SMALLEST / sys.float_info.epsilon  # of a sum of squares that has all its digits
+_LEAST = _SMALLEST / sys.float_info.epsilon  # sum of squares that has all its digits
 _TOO_SMALL = (
     "the gradient is so small that products with it leave the range of float64; multiply the loss "
     "by a large number"
@@ -89,7 +89,7 @@ class Stepper:
         self.rule_state: State = {}
         self.length = 0.0
         self.energy = 0.0
-        self._consistent = False  # whether the closures were seen to be
+        self._consistent = False  # whether the closures were seen to be so
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs of it."""

@@ -33,7 +33,7 @@ from optim.sharded import is_sharded, local, resharded
 
 R = TypeVar("R", bound=Recorder)
 
-_MODERATE = 2.0**16  # times 1, up or down
+_MODERATE = 2.0**16  # the longest d that is left as it is; the shortest is one over it
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +64,8 @@ class Trial:
         Several closures are run again, one at a time: their graphs together might not fit.
 
         Args:
-            measure: of what has recorded a closure, and of the factor by which the loss was
-                larger there.
+            measure: a function of what has recorded a closure and of the ``weight`` of its loss
+                there, as in :class:`optim.evaluation.Evaluation`.
 
         Raises:
             NonFiniteLoss: a loss is NaN or infinite then.
@@ -114,7 +114,7 @@ class Trial:
         return self._over_ranks(self.evaluation.losses) + self.penalty.value(self.params)
 
     def _over_ranks(self, losses: Tensor) -> float:
-        """The mean of numbers that belong to the losses, over those of all ranks."""
+        """The mean, over all ranks, of numbers that are one for each loss."""
         share = losses.numel() * self.batch.setting.ranks.size / self.evaluation.count
         (mean,) = self.means(share * _mean(losses))
         return mean
@@ -151,7 +151,7 @@ class Trial:
 
     @torch.no_grad()
     def is_flat(self) -> bool:
-        """Whether the gradient over a step as long as 1 and the parameters is rounding."""
+        """Whether a step of 1 plus its size in each entry changes the loss by rounding alone."""
         sizes = [1 + p.abs() for p in self.params]
         change = inner(sizes, [None if g is None else g.abs() for g in self.evaluation.grads])
         return change <= self.rounding(0.0)

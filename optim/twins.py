@@ -35,7 +35,7 @@ class OnTwins(ABC):
 
     @abstractmethod
     def _propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
-        """The base's state advanced once, and d."""
+        """Advance the base's state once, and return d."""
 
     @torch.no_grad()
     def move(self, step: float) -> None:
@@ -61,7 +61,7 @@ class OnTwins(ABC):
     def _step(
         self, twins: dict[Tensor, Tensor], grads: dict[Tensor, Tensor], rates: Sequence[float]
     ) -> None:
-        """The base's own step, at a rate for each group, from where the twins are."""
+        """Take the base's own step on the twins, at a rate for each group."""
         groups, state = self._base.param_groups, self._base.state
         own = [(group["lr"], group["params"]) for group in groups]
         for p, twin in twins.items():
@@ -95,7 +95,10 @@ def twin_of(p: Tensor) -> Tensor:
 
 
 def told_apart(base: Optimizer, twins: Mapping[Tensor, Tensor]) -> set[str]:
-    """Where the base keeps for a parameter what its twin does not find, or keep."""
+    """Where the base keeps something by a parameter's identity or attribute.
+
+    Its twin would not find it there.
+    """
     tensors = [*twins, *twins.values()]
     names = {*map(id, tensors), *(local(t).data_ptr() for t in tensors if t.numel())}
     state: Mapping[Any, Any] = base.state

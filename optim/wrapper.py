@@ -92,7 +92,7 @@ class Wrapper(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Only the hooks of Optimizer are set up: its constructor would make a second state.
         super().__setstate__(state)
-        # Those of saving and loading run where the base saves and loads.
+        # Hooks on saving and loading run where the base saves and loads.
         for name, hooks in vars(self.base).items():
             if name.startswith(("_optimizer_state_dict", "_optimizer_load_state_dict")):
                 setattr(self, name, hooks)
@@ -291,9 +291,9 @@ class Wrapper(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's ``state_dict``, and beside it the wrapper's own numbers.
 
-        ``torch.load`` reads it with ``weights_only=True``. In its groups ``lr`` is ell: of an
-        optimizer that is not wrapped it would be a rate of 0.95. Its tensors are those in use, as
-        with torch's own: ``copy.deepcopy`` it to keep it in memory. ``records`` are not in it.
+        ``torch.load`` reads it with ``weights_only=True``. In its groups ``lr`` is ell, which an
+        optimizer that is not wrapped would take for a rate of 0.95. Its tensors are those in use,
+        as with torch's own: ``copy.deepcopy`` it to keep it in memory. ``records`` are not in it.
         examples/checkpoint.py saves and continues a run.
 
         Example:

@@ -14,7 +14,7 @@ from optim.trial import Trial
 
 
 class _Tape(Tape):
-    """Keeps no cotangents where the curvature will be asked per sample."""
+    """A tape that keeps no cotangents where the curvature will be asked per sample."""
 
     def __init__(self, per_sample: bool | None) -> None:
         super().__init__()

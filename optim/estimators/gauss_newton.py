@@ -16,7 +16,7 @@ from optim.trial import Trial
 
 
 class _Watching(Tape):
-    """Notes what a module returns while it records."""
+    """A tape that notes what a module returns while it records."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -72,9 +72,9 @@ class Probes(Estimator):
             )
 
     def first_reach(self, trial: Trial, line: Line) -> float:
-        """The lowest loss over learning rates from 1e-6 to 1e2 (GeN's appendix C.4.2).
+        """The learning rate from 1e-6 to 1e2 with the lowest loss (GeN's appendix C.4.2).
 
-        Of those that have a finite loss at every point.
+        One at which the loss at some point is NaN or infinite is left out.
         """
         losses = {eta: trial.loss_after(eta) for eta in _GRID}
         finite = [eta for eta in _GRID if math.isfinite(losses[eta])]

@@ -75,7 +75,7 @@ class Secant(Estimator):
 
 
 def _chord(trial: Trial, line: Line, t: float) -> float:
-    """The curvature of the chord to theta - t d; infinite if the loss there is, or is NaN."""
+    """The curvature of the chord to theta - t d; infinite if the loss there is NaN or infinite."""
     loss = trial.loss_after(t)
     if not math.isfinite(loss):
         return math.inf

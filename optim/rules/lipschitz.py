@@ -59,7 +59,7 @@ class Lipschitz(Rule):
         return r, state
 
     def averaged(self, line: Line, estimate: Estimate | None, state: State) -> State:
-        """With L renewed, if there is an estimate."""
+        """The state with L renewed, if there is an estimate."""
         if estimate is None:
             return state
         c = estimate.magnitude / line.squared_norm

@@ -10,7 +10,7 @@ _LOWEST = 0.03
 
 
 def cautioned(line: Line, state: State, *, fall: float, rise: float) -> State:
-    """With ``caution`` and the moving averages of the loss renewed.
+    """The state with ``caution`` and the moving averages of the loss renewed.
 
     ``caution`` falls by the share ``fall`` where the loss, averaged over the last ten steps, is
     above that of the last fifty, and rises by ``rise`` where it is not; it stays within [0.03, 1].

@@ -11,8 +11,8 @@ from optim.rules.rule import State
 def lower_slope(line: Line, state: State) -> tuple[float, float, State]:
     """max(0, min(b, bias-corrected moving average of b with mu)), b = <d, g> / ‖d‖.
 
-    Its own gradient counts in b as if the loss fell by it for all batches; the slopes over the
-    time that the direction remembers bound it.
+    This batch's own gradient is part of d, so that b is larger here than for other batches; the
+    slopes over the time that the direction remembers bound it.
 
     Returns:
         The lower slope, 1 - mu^k, and the state with its averages renewed.

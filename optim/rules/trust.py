@@ -12,7 +12,7 @@ from optim.rules.rule import State
 from optim.rules.slope import lower_slope
 
 _GROWTH = 4.0  # of the trusted length at an estimate
-_LEAST = 0.5  # of it that is kept there
+_LEAST = 0.5  # of the trusted length that an estimate leaves
 _BENT = 2.0  # times the curvature known so far: a surprise
 _CAUTION = 0.05
 
