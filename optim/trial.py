@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from curvature import NonFiniteLoss, SideEffects
+from curvature import NonFiniteLoss, SideEffects, evaluation_mode
 from optim.autocast import forget_casts
 from optim.evaluation import (
     Batch,
@@ -214,7 +214,7 @@ def _losses_again(closure: Closure, known: Evaluation, *, graph: bool) -> Tensor
         accumulate(known)
 
     forget_casts()
-    with intercepted(called), torch.set_grad_enabled(graph), resharded():
+    with intercepted(called), evaluation_mode(graph=graph), resharded():
         result: Tensor = closure()
     return (found[0] if found else result).detach()
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from agreement import fast_only
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from optim import GeN, INNAprop, Rescaled
 from optim.direction import momentum
@@ -280,6 +282,40 @@ def test_gauss_newton_leaves_the_bending_of_the_model_out() -> None:
     expected = (2 * moved.square()).mean().item()
     assert optimizer.records[-1].curvature == pytest.approx(expected, rel=1e-6)
     assert not model._forward_hooks
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+
+class Labelled(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.model(x))
+
+
+@fast_only
+@pytest.mark.parametrize("labelled", [False, True], ids=["tensor", "dataclass"])
+def test_gauss_newton_of_a_loss_that_writes_to_the_outputs(labelled: bool) -> None:
+    def measured(inplace: bool) -> float | None:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        whole, x = Labelled(model) if labelled else model, torch.randn(5, 3)
+        base = torch.optim.SGD(whole.parameters(), lr=0.1)
+        optimizer = Rescaled(base, estimator=GaussNewton(whole))
+
+        def losses() -> Tensor:
+            outputs = whole(x).logits if labelled else whole(x)
+            return (F.silu(outputs, inplace=inplace) - 1).square().mean(1)
+
+        optimizer.step(losses)
+        return optimizer.records[-1].curvature
+
+    assert measured(inplace=True) == measured(inplace=False)
 
 
 @fast_only

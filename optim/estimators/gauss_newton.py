@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvature import Tape
 from optim.estimators.estimator import Estimator
@@ -21,7 +22,7 @@ class _Watching(Tape):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
-        self.outputs: list[Tensor] = []
+        self.outputs: list[GradientEdge] = []
 
     def __enter__(self) -> _Watching:
         self._hook = self._model.register_forward_hook(self._note)
@@ -33,7 +34,8 @@ class _Watching(Tape):
         super().__exit__(kind, error, trace)
 
     def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.outputs += [y for y in _tensors(output) if y.requires_grad]
+        # Their edges, since the loss may write to the tensors in place.
+        self.outputs += [get_gradient_edge(y) for y in _tensors(output) if y.requires_grad]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -45,6 +47,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from _tensors(entry)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,9 @@ class GaussNewton(Estimator):
         def measure(tape: _Watching, weight: float) -> list[float]:
             if not tape.outputs:
                 raise ValueError(
-                    "the closure did not call the model that GaussNewton was given, so its "
-                    "outputs, between which and the loss the curvature is taken, are not known"
+                    "the closure did not call the model that GaussNewton was given, or this "
+                    "returned no tensor with a graph in lists, dictionaries or dataclasses: the "
+                    "outputs between which and the loss the curvature is taken are not known"
                 )
             curvature = tape.gauss_newton(unit, tape.outputs).curvature.double().item()
             return [curvature * length * length / weight]
