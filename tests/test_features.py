@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from agreement import fast_only
-from features import COLUMNS, FEATURES, Compiled, as_markdown, one_base, surprise
+from feature_case import COLUMNS
+from feature_kinds import Compiled
+from features import FEATURES, as_markdown, one_base, surprise
 
 uncompiling = pytest.mark.skipif(
     not hasattr(torch.compiler, "set_stance"), reason="needs PyTorch 2.6"
