@@ -1,22 +1,20 @@
 """Whether rescaled training needs no tuning: its final training loss against tuned rates.
 
-    python benchmarks/robustness.py [--quick] [--data DIR] [--fixed FILE] [--only NAME]
-        [--jobs N] [--out DIR]
+    python benchmarks/robustness.py [--quick] [--data DIR] [--known FILE] [--again NAME ...]
+        [--jobs N] [--out out/robustness.md]
 
 Each optimizer is trained on each task at nine fixed learning rates with a cosine schedule, and
-wrapped with nothing set but the number of steps, by which its schedule cools down. The ratios are
-those of the wrapped runs to the mean over seeds of the best fixed rate: their mean, and in
-brackets the highest. Without ``--data``, a folder with mnist, fashion-mnist and tiny-shakespeare,
-only the digits that come with scikit-learn are used. Writes raw losses as JSON and prints a table.
-``--fixed`` takes those of the fixed rates from an earlier run's JSON, and with ``--only`` those of
-all wrappers but this one.
+wrapped with nothing set but the number of steps, by which its schedule cools down. Without
+``--data``, a folder with mnist, fashion-mnist and tiny-shakespeare, only the digits that come with
+scikit-learn are used. Prints the first table of the page that it writes, whose tables are all made
+of the raw losses in a JSON file beside it. ``--known`` takes the losses of an earlier run from
+such a file and trains only what it lacks, and the wrappers named by ``--again``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,10 +23,9 @@ from pathlib import Path
 
 import tasks
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from robustness_page import Run, as_markdown, first_table
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from optim import GeN, INNAprop, Rescaled, gen_published
@@ -96,53 +93,53 @@ def losses(
     }
 
 
+def missing(run: Run, again: list[str]) -> list[str]:
+    """The wrappers whose losses are not known, or shall not be used."""
+    return [name for name in WRAPPERS if name in again or name not in run["wrapped"]]
+
+
+def complete(runs: list[Run], todo: list[Case], args: argparse.Namespace) -> None:
+    """Train what ``runs`` lack; ``todo`` are their cases."""
+    seeds = range(1) if args.quick else range(3)
+    with ProcessPoolExecutor(args.jobs, initializer=partial(torch.set_num_threads, 1)) as pool:
+        waiting = []
+        for run, case in zip(runs, todo, strict=True):
+            rates = [BASES[case.base][1] * 2.0**k for k in range(RATES)]
+            rates = [] if run["fixed"] else rates[:: 4 if args.quick else 1]
+            waiting.append(pool.submit(losses, case, seeds, rates, missing(run, args.again)))
+        tracked = track(waiting, console=Console(stderr=True))
+        for run, future in zip(runs, tracked, strict=True):
+            for kind, found in future.result().items():
+                run[kind].update(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one task, two epochs, for CI")
     parser.add_argument("--data", type=Path, help="folder of the larger data sets")
-    parser.add_argument("--fixed", type=Path, help="raw losses of an earlier run")
-    parser.add_argument("--only", choices=WRAPPERS, help="the others' from the earlier run")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the raw losses")
+    parser.add_argument("--known", type=Path, help="raw losses of an earlier run")
+    parser.add_argument(
+        "--again", nargs="+", default=[], choices=WRAPPERS, help="train these though known"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/robustness.md"))
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     args = parser.parse_args()
-    if args.only and not args.fixed:
-        parser.error("--only needs the others' losses: give --fixed FILE")
-    wrappers = [args.only] if args.only else list(WRAPPERS)
-    seeds = range(1) if args.quick else range(3)
-    earlier = json.loads(args.fixed.read_text(encoding="utf-8")) if args.fixed else []
-    known = {(run["task"], run["base"]): run for run in earlier}
-    todo = list(cases(args.data, args.quick))
-    with ProcessPoolExecutor(args.jobs, initializer=partial(torch.set_num_threads, 1)) as pool:
-        waiting = []
-        for case in todo:
-            rates = [BASES[case.base][1] * 2.0**k for k in range(RATES)]
-            rates = [] if (case.task, case.base) in known else rates[:: 4 if args.quick else 1]
-            waiting.append(pool.submit(losses, case, seeds, rates, wrappers))
-        tracked = track(waiting, console=Console(stderr=True))
-        found = [future.result() for future in tracked]
+    earlier = json.loads(args.known.read_text(encoding="utf-8")) if args.known else []
+    runs = {(run["task"], run["base"]): run for run in earlier}
+    todo = {(case.task, case.base): case for case in cases(args.data, args.quick)}
+    for key in runs.keys() - todo.keys():
+        if lacking := missing(runs[key], args.again):
+            parser.error(f"{key} lacks {lacking} and cannot be trained: give --data DIR")
+    for task, base in todo:
+        runs.setdefault((task, base), {"task": task, "base": base, "fixed": {}, "wrapped": {}})
+    complete([runs[key] for key in todo], list(todo.values()), args)
 
-    raw = []
-    table = Table(box=box.SIMPLE_HEAD)
-    for header in ("task", "optimizer", "best rate", "its loss", *WRAPPERS):
-        table.add_column(header, justify="left" if header in ("task", "optimizer") else "right")
-    for case, run in zip(todo, found, strict=True):
-        before = known.get((case.task, case.base), run)
-        run["fixed"] = run["fixed"] or before["fixed"]
-        run["wrapped"] = {
-            name: run["wrapped"].get(name) or before["wrapped"][name] for name in WRAPPERS
-        }
-        raw.append({"task": case.task, "base": case.base, **run})
-        means = {rate: statistics.mean(values) for rate, values in run["fixed"].items()}
-        rate = min(means, key=lambda r: means[r])
-        ratios = [[loss / means[rate] for loss in values] for values in run["wrapped"].values()]
-        cells = [f"{statistics.mean(r):.2g} ({max(r):.2g})" for r in ratios]
-        numbers = (f"{float(rate):.2g}", f"{means[rate]:.2g}")
-        table.add_row(case.task, case.base, *numbers, *cells)
-    Console(width=150).print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "robustness.json"
-    path.write_text(json.dumps(raw, indent=1), encoding="utf-8")
-    print(f"raw losses: {path}")
+    raw = list(runs.values())
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.with_suffix(".json").write_text(json.dumps(raw, indent=1), encoding="utf-8")
+    args.out.write_text(as_markdown(raw), encoding="utf-8")
+    print(first_table(raw))
+    print(f"all cases: {args.out}, raw losses beside it")
 
 
 if __name__ == "__main__":
