@@ -6,6 +6,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import bad_components  # noqa: F401
+import bad_curvature  # noqa: F401
+import bad_functions  # noqa: F401
+import bad_optimizers  # noqa: F401
+import bad_wrappers  # noqa: F401
 import numpy as np
 import pytest
 import torch
