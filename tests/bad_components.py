@@ -42,16 +42,21 @@ for _of, _error, _message, _call in (
     ("Edge", TypeError, "factor is 'a'", lambda: rules.Edge(factor="a")),
     ("Edge", ValueError, r"beta is 1\.0", lambda: rules.Edge(beta=1.0)),
     ("Lipschitz", ValueError, "beta3 is nan", lambda: rules.Lipschitz(beta3=NAN)),
+    ("Lipschitz", ValueError, r"beta3 is 1\.0", lambda: rules.Lipschitz(beta3=1.0)),
     ("Lipschitz", TypeError, "beta3 is None", lambda: rules.Lipschitz(beta3=None)),
     ("Lyapunov", ValueError, r"beta3 is 1\.0", lambda: rules.Lyapunov(beta3=1.0)),
+    ("Lyapunov", ValueError, r"beta3 is -0\.1", lambda: rules.Lyapunov(beta3=-0.1)),
     ("Newton", ValueError, r"eta is 0\.0", lambda: rules.Newton(eta=0.0)),
     ("Newton", ValueError, "gamma is nan", lambda: rules.Newton(gamma=NAN)),
-    ("RobbinsMonro", ValueError, "0 < low <= high", lambda: rules.RobbinsMonro(2.0, 1.0)),
+    ("Newton", ValueError, r"gamma is 1\.0", lambda: rules.Newton(gamma=1.0)),
+    ("RobbinsMonro", ValueError, r"low is 0\.0 and high 1", lambda: rules.RobbinsMonro(0.0, 1.0)),
+    ("RobbinsMonro", ValueError, r"low is 2\.0 and high 1", lambda: rules.RobbinsMonro(2.0, 1.0)),
     ("RobbinsMonro", ValueError, "0 < low <= high", lambda: rules.RobbinsMonro(NAN, 1.0)),
     ("RobbinsMonro", ValueError, r"delta is 0\.5", lambda: rules.RobbinsMonro(1.0, 2.0, 0.5)),
     ("RobbinsMonro", TypeError, "low is 'a'", lambda: rules.RobbinsMonro("a", 1.0)),
     ("RobbinsMonro", TypeError, "rule is 5", lambda: rules.RobbinsMonro(1.0, 2.0, rule=5)),
     ("Trust", ValueError, r"beta3 is -0\.1", lambda: rules.Trust(beta3=-0.1)),
+    ("Trust", ValueError, r"beta3 is 1\.0", lambda: rules.Trust(beta3=1.0)),
 ):
     bad(f"optim.rules.{_of}", _error, _message, lambda w, _, call=_call: call())
 _SCHEDULES: dict[str, tuple[Any, ...]] = {
@@ -71,10 +76,13 @@ for _of, _args in _SCHEDULES.items():
 for _of, _error, _message, _args in (
     ("cooldown", ValueError, "steps is 0", (0,)),
     ("cooldown", ValueError, "steps is nan", (NAN,)),
+    ("cooldown", ValueError, r"steps is 2\.5", (2.5,)),
+    ("red", ValueError, "epochs is 0", (0,)),
     ("red", ValueError, r"epochs is 1\.5", (1.5,)),
     ("warmup_cosine", ValueError, "warmup is -1", (-1, 2)),
     ("warmup_cosine", ValueError, "decay is 2; it must be an integer above warmup", (2, 2)),
     ("warmup_linear", ValueError, "steps is 2; it must be an integer above warmup", (2, 2)),
+    ("warmup_linear", ValueError, "steps is 2; it must be an integer above warmup", (3, 2)),
 ):
     bad(
         f"optim.schedules.{_of}",
@@ -84,10 +92,14 @@ for _of, _error, _message, _args in (
     )
 for _of, _error, _message, _args, _options in (
     ("cooldown", ValueError, "share is nan", (5,), {"share": NAN}),
+    ("cooldown", ValueError, r"share is 0\.0", (5,), {"share": 0.0}),
+    ("cooldown", ValueError, r"share is 1\.1", (5,), {"share": 1.1}),
     ("cooldown", TypeError, "share is 'a'", (5,), {"share": "a"}),
     ("red", ValueError, r"eta is 0\.0", (5,), {"eta": 0.0}),
+    ("red", ValueError, r"eta is -1\.0", (5,), {"eta": -1.0}),
     ("red", TypeError, "eta is 'a'", (5,), {"eta": "a"}),
     ("warmup_cosine", ValueError, "least is nan", (1, 3), {"least": NAN}),
+    ("warmup_cosine", ValueError, r"least is 2\.0", (1, 3), {"least": 2.0}),
     ("warmup_cosine", TypeError, "least is 'a'", (1, 3), {"least": "a"}),
 ):
     bad(

@@ -41,14 +41,37 @@ for _error, _message, _ask in (
     ),
 ):
     bad("curvature.Tape", _error, _message, _ask, World.taped)
+for _error, _message, _ask in (
+    (
+        RuntimeError,
+        r"call backward\(losses, params\) before",
+        lambda w, t: t.directional([w.v]),
+    ),
+    (
+        ValueError,
+        r"params\[0\] does not require grad",
+        lambda w, t: t.backward(w.loss, [w.v]),
+    ),
+):
+    bad("curvature.Tape", _error, _message, _ask, lambda w: w.taped(backward=False))
+
+
+def _after_own_backward(w: World) -> curvature.Tape:
+    with curvature.Tape() as tape:
+        w.loss = square(w.p)
+        w.loss.backward()
+    return tape
+
+
 bad(
     "curvature.Tape",
-    RuntimeError,
-    r"call backward\(losses, params\) before",
-    lambda w, tape: tape.directional([w.v]),
-    lambda w: w.taped(backward=False),
+    ValueError,
+    "without calling backward",
+    lambda w, t: t.backward(w.loss, [w.p]),
+    _after_own_backward,
 )
 for _error, _message, _call in (
+    (TypeError, "model is a function", lambda w: curvature.Objective(square, square, (w.x, w.y))),
     (TypeError, "model is a type", lambda w: curvature.Objective(nn.Linear, square, (w.x, w.y))),
     (
         TypeError,
@@ -57,10 +80,16 @@ for _error, _message, _call in (
     ),
     (TypeError, "loss is a NoneType", lambda w: curvature.Objective(w.net, None, (w.x, w.y))),
     (TypeError, "batch must be a pair", lambda w: curvature.Objective(w.net, square, (w.x,))),
+    (TypeError, "batch must be a pair", lambda w: curvature.Objective(w.net, square, w.x)),
     (
         ValueError,
         "batch is empty",
         lambda w: curvature.Objective(w.net, square, (w.x[:0], w.y[:0])),
+    ),
+    (
+        ValueError,
+        "batch is empty",
+        lambda w: curvature.Objective(w.net, square, ({"x": w.x[:0]}, w.y[:0])),
     ),
     (TypeError, "params is a int; pass the model's", lambda w: w.objective()(5)),
     (ValueError, "'zz', which the model does not have", lambda w: w.objective()({"zz": w.v})),
@@ -69,6 +98,7 @@ for _error, _message, _call in (
 for _error, _message, _args, _options in (
     (TypeError, "operation is 5; it must be a subclass", (5, square), {}),
     (TypeError, "operation is ''", ("", square), {}),
+    (TypeError, "it must be a subclass", (torch.sin, square), {}),
     (TypeError, "give either push or tangent", ("Nope",), {}),
     (TypeError, "push is a int; give a function", ("Nope", 5), {}),
     (TypeError, "tangent is a int; give a function", ("Nope",), {"tangent": 5}),
@@ -96,6 +126,19 @@ for _of in ("finite_difference", "check_directional"):
             _message,
             lambda w, _, check=_check, args=_args, o=_options: check(*args(w), **o),
         )
+for _error, _message, _func, _step in (
+    (ValueError, "step is .* the squares of such steps cannot", square, 1e-300),
+    (ValueError, "step is .* the squares of such steps cannot", square, 1e300),
+    (curvature.NonFiniteLoss, r"at step -1\.7.*, the loss is nan", lambda x: x.log().sum(), 3),
+):
+    bad(
+        "curvature.testing.finite_difference",
+        _error,
+        _message,
+        lambda w, _, func=_func, step=_step: testing.finite_difference(
+            func, w.v.double(), w.v.double(), step=step
+        ),
+    )
 for _error, _message, _args in (
     (TypeError, "func is a NoneType", lambda w: (None, w.v.double())),
     (ValueError, "no inputs that could move", lambda w: (square,)),

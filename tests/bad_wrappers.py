@@ -3,11 +3,36 @@
 from typing import Any
 
 import torch
-from bad_inputs import NAN, World, bad
+from bad_inputs import INF, NAN, World, bad
 from torch import nn
 
 import optim
 from optim import estimators, rules
+
+
+class Lookahead(torch.optim.SGD):
+    """It steps by an optimizer of its own."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.inner = torch.optim.SGD(self.param_groups)
+
+
+def _without_rate(w: World) -> torch.optim.Optimizer:
+    base = torch.optim.SGD([w.p])
+    del base.param_groups[0]["lr"]
+    return base
+
+
+def _hooked(w: World) -> torch.optim.Optimizer:
+    w.base.register_step_pre_hook(lambda *_: None)
+    return w.base
+
+
+def _scheduled(w: World) -> torch.optim.Optimizer:
+    torch.optim.lr_scheduler.ConstantLR(w.base)
+    return w.base
+
 
 # Wrappers, at construction.
 for _name in ("Rescaled", "GeN"):
@@ -39,11 +64,31 @@ for _name in ("Rescaled", "GeN"):
             ValueError,
             "negate the loss",
         ),
+        (
+            lambda w: torch.optim.Adam([w.p], differentiable=True),
+            ValueError,
+            "no graph is kept",
+        ),
+        (_without_rate, TypeError, "has no lr in its groups"),
+        (_hooked, ValueError, "attach them to the wrapper"),
+        (_scheduled, ValueError, "attach it to the wrapper"),
+        (
+            lambda w: Lookahead([w.p]),
+            TypeError,
+            "holds another optimizer as 'inner'.*wrap that one",
+        ),
+        (
+            lambda w: optim.Rescaled(w.base),
+            TypeError,
+            "base is a Rescaled, which already chooses",
+        ),
     ):
         bad(_of, _error, _message, lambda w, base, make=_make: make(base), _base)
     for _options, _error, _message in (
         ({"ell": 0.0}, ValueError, r"ell is 0\.0; it must be positive"),
         ({"ell": NAN}, ValueError, "ell is nan"),
+        ({"ell": -1.0}, ValueError, r"ell is -1\.0"),
+        ({"ell": INF}, ValueError, "ell is inf"),
         ({"ell": "a"}, TypeError, "ell is 'a'; it must be a number"),
         ({"ell": None}, TypeError, "ell is None; it must be a number"),
         ({"checked": -1}, ValueError, "checked is -1; it must be an integer of at least 0"),
@@ -104,6 +149,19 @@ for _name in ("Rescaled", "GeN"):
         ),
     ):
         bad(_of, _error, _message, lambda w, o, c=_closure: o.step(c(w)), _wrapped)
+
+    def _hooked_later(w: World, name: str = _name) -> Any:
+        optimizer = w.wrapped(name)
+        w.base.register_step_post_hook(lambda *_: None)
+        return optimizer
+
+    bad(
+        _of,
+        ValueError,
+        "attach them to the wrapper",
+        lambda w, o: o.step(w.losses),
+        _hooked_later,
+    )
     for _closure, _options, _error, _message in (
         (lambda w: None, {}, TypeError, "look_ahead needs a closure .* given none"),
         (lambda w: lambda: w.losses() * NAN, {}, ValueError, "no step lies ahead: the loss"),
@@ -136,6 +194,7 @@ for _name in ("Rescaled", "GeN"):
         (lambda w: {"lr": 0.5}, ValueError, r"param_group holds \['lr'\] and lacks 'params'"),
         (lambda w: {"params": [w.p], "lr": NAN}, ValueError, "lr is nan"),
         (lambda w: {"params": [w.p], "maximize": True}, ValueError, "negate the loss"),
+        (lambda w: {"params": {w.p}}, TypeError, "ordered"),
         (lambda w: {"params": [w.p * 2]}, ValueError, "non-leaf"),
         (lambda w: {"params": [nn.Parameter(w.v.half())]}, TypeError, r"torch\.float16"),
         (lambda w: {"params": [nn.Parameter(w.v.to("meta"))]}, TypeError, "meta device"),
@@ -178,6 +237,8 @@ for _name in ("gen_published", "lqa", "qlabgrad", "gen_hod"):
 for _options, _error, _message in (
     ({"gamma": 1.0}, ValueError, r"gamma is 1\.0"),
     ({"phi": 0}, ValueError, "phi is 0"),
+    ({"phi": 1.5}, ValueError, r"phi is 1\.5"),
+    ({"phi": 8.0}, ValueError, r"phi is 8\.0"),
     ({"points": ()}, ValueError, r"points is \(\); a polynomial of degree 2 needs at least 2"),
     ({"degree": 1}, ValueError, "degree is 1"),
 ):

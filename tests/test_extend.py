@@ -315,11 +315,7 @@ def test_a_rule_that_writes_to_its_tangents() -> None:
     torch.testing.assert_close(found, (12 * x**2 * v**2).sum())
 
 
-def test_bad_registrations() -> None:
-    with pytest.raises(TypeError, match="give either push or tangent"):
-        curvature.register_rule(Power)
-    with pytest.raises(TypeError, match="it must be a subclass"):
-        curvature.register_rule(torch.sin, push)
+def test_a_second_rule_for_a_function_is_refused() -> None:
     curvature.register_rule(Power, push)
     with pytest.raises(ValueError, match="already"):
         curvature.register_rule(Power, push)

@@ -105,36 +105,6 @@ def test_dinadam_can_be_rescaled_and_the_momentum_form_says_that_it_cannot() -> 
         Rescaled(INNApropMomentum([y]))
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda p: DINAdam(p, lr=-1.0), "lr is -1.0"),
-        (lambda p: DINAdam(p, beta=-0.1), "beta is -0.1"),
-        (lambda p: DINAdam(p, betas=(1.0, 0.9)), r"betas\[0\] is 1.0"),
-        (lambda p: DINAdam(p, betas=(0.9, -0.1)), r"betas\[1\] is -0.1"),
-        (lambda p: DINAdam(p, eps=0.0), "eps is 0.0"),
-        (lambda p: DINAdam(p, weight_decay=-1.0), "weight_decay is -1.0"),
-        (lambda p: INNApropMomentum(p, lr=0.9), "lr must stay below beta"),
-        (lambda p: INNApropMomentum(p, lr=0.5, alpha=2.0), "product must stay below 1"),
-        (lambda p: INNApropMomentum(p, sigma=1.0), "sigma is 1.0"),
-    ],
-)
-def test_bad_hyperparameters(make: Callable[[Any], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make([torch.nn.Parameter(torch.ones(1))])
-
-
-@pytest.mark.parametrize("kind", [DINAdam, INNApropMomentum])
-def test_bad_tensors(kind: Any) -> None:
-    with pytest.raises(TypeError, match="needs real parameters"):
-        kind([torch.nn.Parameter(torch.ones(1, dtype=torch.complex64))])
-    p = torch.nn.Parameter(torch.ones(2))
-    p.grad = torch.ones(2).to_sparse()
-    with pytest.raises(TypeError, match="does not support sparse gradients"):
-        kind([p]).step()
-    assert torch.equal(p.detach(), torch.ones(2))
-
-
 @pytest.mark.parametrize("kind", [INNA, INNAprop, DINAdam, INNApropMomentum])
 def test_a_parameter_that_changes_its_dtype_takes_its_state_along(kind: type) -> None:
     first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))

@@ -86,14 +86,3 @@ def test_it_is_saved_and_moved_with_its_network() -> None:
     twin.load_state_dict(memory.state_dict())
     joined = [m(torch.ones(1, 2), torch.ones(1, dtype=torch.long))[0] for m in (memory, twin)]
     assert torch.equal(*joined)
-
-
-def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="capacity is 0"):
-        Memory(0, 2)
-    memory = Memory(4, 2)
-    with pytest.raises(ValueError, match=r"features of shape \(1, 3\) and targets of shape \(1,\)"):
-        memory(torch.ones(1, 3), torch.zeros(1, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"targets of shape \(2,\) do not fit"):
-        memory(torch.ones(1, 2), torch.zeros(2, dtype=torch.long))
-    assert memory.held == 0

@@ -206,19 +206,3 @@ def test_inna_never_reaches_beta() -> None:
     optimizer.step(lambda: 1e-6 * (x**2).sum())
     assert optimizer.records[-1].r > 1
     assert optimizer.records[-1].step == math.nextafter(0.1, 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ell": 0.0}, "ell is 0.0"),
-        ({"ell": math.inf}, "ell is inf"),
-        ({"every": 0}, "every is 0"),
-        ({"checked": -1}, "checked is -1"),
-    ],
-)
-def test_bad_options(options: dict, message: str) -> None:
-    base = torch.optim.SGD([parameter([1.0])], lr=0.1)
-    with pytest.raises(ValueError, match=message):
-        Rescaled(base, **options)
-    assert base.param_groups[0]["lr"] == 0.1

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -93,25 +92,3 @@ def test_a_wrapper_is_driven_by_its_schedule() -> None:
         scheduler.step()
         steps.append(optimizer.records[-1].step)
     assert steps == pytest.approx([1 / 6, 1 / 8, 1 / 12, 1 / 24], rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda o: schedules.cooldown(o, 0), "steps is 0"),
-        (lambda o: schedules.cooldown(o, 2.5), "steps is 2.5"),
-        (lambda o: schedules.cooldown(o, 3, share=0.0), "share is 0.0"),
-        (lambda o: schedules.cooldown(o, 3, share=1.1), "share is 1.1"),
-        (lambda o: schedules.red(o, 0), "epochs is 0"),
-        (lambda o: schedules.red(o, 3, eta=-1.0), "eta is -1.0"),
-        (lambda o: schedules.warmup_cosine(o, -1, 5), "warmup is -1"),
-        (lambda o: schedules.warmup_cosine(o, 5, 5), "decay is 5; it must be an integer above"),
-        (lambda o: schedules.warmup_cosine(o, 1, 5, least=2.0), "least is 2.0"),
-        (lambda o: schedules.warmup_linear(o, 3, 2), "steps is 2; it must be an integer above"),
-    ],
-)
-def test_bad_arguments(make: Callable[[Any], LambdaLR], message: str) -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(ValueError, match=message):
-        make(optimizer)
-    assert "initial_lr" not in optimizer.param_groups[0]

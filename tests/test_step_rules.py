@@ -354,26 +354,6 @@ def test_robbins_monro_bounds(r: float, k: int, delta: float, ell: float) -> Non
         assert found == pytest.approx(r)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Lipschitz(beta3=1.0), "beta3 is 1.0"),
-        (lambda: Lyapunov(beta3=-0.1), "beta3 is -0.1"),
-        (lambda: Trust(beta3=1.0), "beta3 is 1.0"),
-        (lambda: Newton(eta=0.0), "eta is 0.0"),
-        (lambda: Newton(gamma=1.0), "gamma is 1.0"),
-        (lambda: Edge(factor=0.0), "factor is 0.0"),
-        (lambda: Edge(beta=1.0), "beta is 1.0"),
-        (lambda: RobbinsMonro(0.0, 1.0), "low is 0.0 and high 1.0"),
-        (lambda: RobbinsMonro(2.0, 1.0), "low is 2.0 and high 1.0"),
-        (lambda: RobbinsMonro(1.0, 2.0, 0.5), "delta is 0.5"),
-    ],
-)
-def test_bad_hyperparameters(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_a_first_gradient_of_zero_leaves_all_open(rule: str) -> None:
     x = nn.Parameter(torch.zeros(1, dtype=F64))

@@ -202,15 +202,6 @@ def test_rescaling_the_direction_leaves_the_iterates(exponent: int) -> None:
     torch.testing.assert_close(*ends)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"phi": 0}, "phi is 0"), ({"phi": 1.5}, "phi is 1.5"), ({"ell": -1.0}, "ell is -1.0")],
-)
-def test_bad_options(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        GeN(torch.optim.SGD([nn.Parameter(torch.ones(1))]), **options)
-
-
 def settled() -> tuple[Trust, dict[str, float]]:
     """After an estimate of curvature 3 that was looked at as far as 2."""
     rule = Trust()

@@ -617,12 +617,6 @@ class KeyedByIdentity(torch.optim.SGD):
                 p.sub_(p.grad, alpha=group["lr"] * self.scales[id(p)])
 
 
-class Lookahead(torch.optim.SGD):
-    def __init__(self, params: Any) -> None:
-        super().__init__(params)
-        self.inner = torch.optim.SGD(self.param_groups)
-
-
 class StepsOthers(torch.optim.SGD):
     def __init__(self, params: Any) -> None:
         super().__init__(params)
@@ -1107,47 +1101,6 @@ def test_a_name_that_torch_has_too_says_nothing(wrapper: str) -> None:
     optimizer = WRAPPERS[wrapper](type("ASGD", (OwnSGD,), {})([p]))
     optimizer.step(lambda: p.square().sum())
     assert p.item() < 1
-
-
-@every_wrapper
-def test_bad_bases(wrapper: str) -> None:
-    wrap = WRAPPERS[wrapper]
-    p = nn.Parameter(torch.ones(1))
-    with pytest.raises(TypeError, match="base is a list"):
-        wrap([p])
-    with pytest.raises(TypeError, match=r"holds another optimizer as 'inner'.*wrap that one"):
-        wrap(Lookahead([p]))
-    with pytest.raises(TypeError, match="base is a Rescaled, which already chooses"):
-        wrap(Rescaled(torch.optim.SGD([p])))
-    with pytest.raises(ValueError, match="negate the loss"):
-        wrap(torch.optim.SGD([p], maximize=True))
-    with pytest.raises(TypeError, match=r"dtype torch\.bfloat16"):
-        wrap(torch.optim.SGD([nn.Parameter(torch.ones(1, dtype=torch.bfloat16))]))
-    with pytest.raises(ValueError, match="no graph is kept"):
-        wrap(torch.optim.Adam([p], differentiable=True))
-    without_rate = torch.optim.SGD([p])
-    del without_rate.param_groups[0]["lr"]
-    with pytest.raises(TypeError, match="has no lr in its groups"):
-        wrap(without_rate)
-    base = torch.optim.SGD([p])
-    base.register_step_pre_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="attach them to the wrapper"):
-        wrap(base)
-    base = torch.optim.SGD([p])
-    torch.optim.lr_scheduler.ConstantLR(base)
-    with pytest.raises(ValueError, match="attach it to the wrapper"):
-        wrap(base)
-    base = torch.optim.SGD([p])
-    optimizer = wrap(base)
-    hook = base.register_step_post_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="attach them to the wrapper"):
-        optimizer.step(lambda: p.square().sum())
-    hook.remove()
-    with pytest.raises(ValueError, match="negate the loss"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "maximize": True})
-    with pytest.raises(TypeError, match="ordered"):
-        optimizer.add_param_group({"params": {nn.Parameter(torch.ones(1))}})
-    assert len(optimizer.param_groups) == 1
 
 
 OVERLAPS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
