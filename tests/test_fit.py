@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from curvature import NonFiniteLoss, Objective, SideEffects, fit, testing
+from curvature import NonFiniteLoss, Objective, fit, testing
 
 F64 = torch.float64
 X, V = torch.zeros((), dtype=F64), torch.ones((), dtype=F64)
@@ -131,131 +131,6 @@ def test_non_finite_loss_names_the_step() -> None:
         fit(lambda x: 1 / (2 - x), X, V, [0, 1, 2])
 
 
-def test_side_effects_can_be_kept() -> None:
-    norm = nn.BatchNorm1d(2)
-    with SideEffects() as effects:
-        norm(torch.randn(4, 2))
-        after = torch.get_rng_state()
-        effects.keep()
-    assert norm.num_batches_tracked == 1
-    assert torch.equal(torch.get_rng_state(), after)
-
-
-def test_side_effects_of_a_raising_block_are_taken_back_even_if_kept() -> None:
-    norm = nn.BatchNorm1d(2)
-    with pytest.raises(KeyError), SideEffects() as effects:  # noqa: PT012
-        norm(torch.randn(4, 2))
-        effects.keep()
-        raise KeyError
-    assert norm.num_batches_tracked == 0
-
-
-def test_side_effects_restore_a_buffer_that_was_rebound() -> None:
-    class Counter(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("count", torch.zeros(()))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.count = self.count + 1
-            return x
-
-    counter = Counter()
-    own = counter.count
-    with SideEffects():
-        counter(torch.ones(1))
-    assert counter.count is own
-    assert counter.count == 0
-
-
-def test_side_effects_leave_the_buffers_that_functional_call_swapped_out() -> None:
-    norm = nn.BatchNorm1d(2)
-    own = dict(norm.named_buffers())
-    given = {name: torch.full_like(b, 7) for name, b in own.items()}
-    with SideEffects():
-        torch.func.functional_call(norm, given, (torch.randn(4, 2),))
-    for name, buffer in norm.named_buffers():
-        assert buffer is own[name]
-        assert (buffer == (1 if name == "running_var" else 0)).all()
-        assert (given[name] == 7).all()
-
-
-def test_side_effects_see_a_module_both_with_lent_and_with_its_own_buffers() -> None:
-    class Counter(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("rebound", torch.zeros(()))
-            self.register_buffer("written", torch.zeros(()))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.rebound = self.rebound + 1
-            self.written += 1
-            return x
-
-    counter, x = Counter(), torch.ones(1)
-    own = dict(counter.named_buffers())
-    lent = {"rebound": torch.tensor(7.0), "written": torch.tensor(7.0)}
-    with SideEffects():
-        counter(x)
-        torch.func.functional_call(counter, dict(lent), x)
-        counter(x)
-        assert counter.rebound == counter.written == 2
-    for name, buffer in counter.named_buffers():
-        assert buffer is own[name]
-        assert buffer == 0
-        assert lent[name] == 7
-
-
-def test_side_effects_remove_a_buffer_that_was_registered_in_the_block() -> None:
-    class Cache(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.register_buffer("cache", x.clone())
-            return x
-
-    model = nn.Sequential(Cache())
-    with pytest.raises(KeyError), SideEffects():  # noqa: PT012
-        model(torch.ones(1))
-        model(torch.zeros(1))
-        raise KeyError
-    assert not hasattr(model[0], "cache")
-
-
-def test_side_effects_leave_stacked_models_alone() -> None:
-    models = [nn.BatchNorm1d(2).eval() for _ in range(3)]
-    params, buffers = torch.func.stack_module_state(models)
-    x = torch.randn(4, 2)
-
-    def loss(p: dict, b: dict) -> torch.Tensor:
-        return torch.func.functional_call(models[0], (p, b), (x,)).square().sum()
-
-    q = fit(
-        lambda p: torch.func.vmap(loss)(p, buffers),
-        params,
-        {name: torch.ones_like(p) for name, p in params.items()},
-        [-1, 0, 1],
-    )
-    torch.testing.assert_close(q.curvature, 2 * ((x / (1 + 1e-5) ** 0.5 + 1) ** 2).sum())
-
-
-def test_side_effects_reach_buffers_of_inference_mode() -> None:
-    class Seen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            with torch.inference_mode():
-                self.register_buffer("mean", torch.zeros(2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.inference_mode():
-                self.mean.lerp_(x.mean(0), 0.1)
-            return x + torch.rand(())
-
-    module, state = Seen(), torch.get_rng_state()
-    with SideEffects():
-        module(torch.ones(3, 2))
-    assert module.mean.tolist() == [0, 0]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_a_graph_through_batch_norm_outlives_a_fit() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     J = Objective(model, lambda y, _: y.square().mean(), (torch.randn(5, 3), None))
@@ -265,15 +140,6 @@ def test_a_graph_through_batch_norm_outlives_a_fit() -> None:
     fit(J, J.params, {name: torch.ones_like(p) for name, p in J.params.items()}, [0.1, 0.2, 0.3])
     torch.testing.assert_close(model[1].running_mean, before, rtol=0, atol=0)
     torch.testing.assert_close(torch.autograd.grad(loss, model[0].weight), expected)
-
-
-def test_side_effects_do_not_invalidate_a_graph() -> None:
-    norm = nn.BatchNorm1d(2).eval()
-    x = torch.randn(4, 2, requires_grad=True)
-    output = norm(x).sum()
-    with SideEffects():
-        norm(x)
-    output.backward()
 
 
 def test_a_function_that_differentiates_inside_itself() -> None:
