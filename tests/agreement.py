@@ -11,6 +11,7 @@ from curvature import directional, hvp
 from curvature.sweep import Sweep
 from curvature.testing import check_directional
 
+every_engine = pytest.mark.parametrize("engine", ["auto", "reference"])
 shows_what_it_packed = hasattr(torch._C._autograd.SavedTensor, "data")
 fast_only = pytest.mark.skipif(
     not Sweep.available(), reason="this PyTorch does not show its graph: auto is the reference"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import every_engine
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -98,7 +99,7 @@ def test_steps_are_those_of_the_plain_model_and_compile_once(optimizer: str, how
 
 
 @pytest.mark.parametrize("how", ["aot_eager", "in place"])
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@every_engine
 def test_curvature_of_a_compiled_model(engine: str, how: str) -> None:
     problem, plain = Problem("jet", how), Problem("jet", "plain")
     problem.losses()  # compiled by now

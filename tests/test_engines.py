@@ -1,22 +1,20 @@
-"""Both engines against closed forms, and what they refuse."""
+"""Both engines against closed forms and each other."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from agreement import fast_only
+from agreement import every_engine, fast_only
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint
 
 import curvature
-from curvature import NotTwiceDifferentiable, Objective, Quadratic, Tape, directional, hvp
+from curvature import Objective, Quadratic, Tape, directional, hvp
 from curvature.sweep import Sweep
 
 F64 = torch.float64
-every_engine = pytest.mark.parametrize("engine", ["auto", "reference"])
 
 
 def random_quadratic(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -259,104 +257,6 @@ def test_attention_kernels_stay_the_callers_choice(engine: str) -> None:
         torch.backends.cuda.enable_flash_sdp(True)
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
-        return cotangent * ctx.saved_tensors[0].cos()
-
-
-class CutsGraph(torch.autograd.Function):
-    forward = OnceDifferentiable.forward
-
-    @staticmethod
-    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
-        return (cotangent * ctx.saved_tensors[0].cos()).detach()
-
-
-class HandWritten(torch.autograd.Function):
-    forward = OnceDifferentiable.forward
-
-    @staticmethod
-    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
-        # A backward pass through another Function, which itself has only a first derivative.
-        return cotangent * OnceDifferentiableCosine.apply(ctx.saved_tensors[0])
-
-
-class OnceDifferentiableCosine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        return x.cos()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
-        return -cotangent * ctx.saved_tensors[0].sin()
-
-
-@every_engine
-@pytest.mark.parametrize(
-    ("operation", "reason"),
-    [
-        (OnceDifferentiable.apply, "once_differentiable"),
-        (CutsGraph.apply, "CutsGraphBackward.* returns a gradient without graph"),
-        (lambda x: x + CutsGraph.apply(x), "CutsGraphBackward.* returns a gradient without graph"),
-        (F.hardsigmoid, "hardsigmoid_backward"),
-        (
-            lambda x: F.embedding(torch.tensor([0, 0]), x, scale_grad_by_freq=True),
-            "scale_grad_by_freq is not the gradient of the loss",
-        ),
-    ],
-    ids=["once differentiable", "cut", "cut on one of two paths", "not implemented", "scaled"],
-)
-def test_refusals(operation, reason: str, engine: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(NotTwiceDifferentiable, match=reason):
-        directional(
-            lambda x: operation(x).square().sum(), torch.ones(2, 2), torch.ones(2, 2), engine=engine
-        )
-
-
-class PenaltyByGradient(torch.autograd.Function):
-    """The sum of x, and what only its gradient holds of the sum of (x² / 2)."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        return x.sum()
-
-    @staticmethod
-    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
-        return cotangent + ctx.saved_tensors[0]
-
-
-@every_engine
-def test_a_gradient_that_is_not_linear_in_its_cotangent_is_left_to_double_backward(
-    engine: str,
-) -> None:
-    x = torch.tensor([1.0, 2.0], requires_grad=True)
-    with Tape(engine=engine) as tape:
-        loss = PenaltyByGradient.apply(x)
-    (g,) = tape.backward(loss, [x])
-    q = tape.directional([torch.ones(2)])
-    assert (g.tolist(), q.slope, q.curvature, q.engine) == ([2, 3], 5, 2, "reference")
-
-
-@fast_only
-def test_attention_in_a_gradient_penalty_says_how_it_is_served() -> None:
-    q = torch.randn(1, 1, 3, 4, requires_grad=True)
-    with Tape() as tape:
-        y = F.scaled_dot_product_attention(q, q, q).sin().sum()
-        (slopes,) = torch.autograd.grad(y, q, create_graph=True)
-    with pytest.raises(NotTwiceDifferentiable, match=r"inside sdpa_kernel\(SDPBackend.MATH\)"):
-        tape.backward(slopes.square().sum(), [q])
-
-
 @pytest.mark.skipif(
     not hasattr(torch.compiler, "set_stance"), reason="older nested tensors differentiate once"
 )
@@ -377,15 +277,6 @@ def test_nested_tensors_are_left_to_double_backward(engine: str) -> None:
     torch.testing.assert_close(q.curvature, curvature_of(torch.cat(rows)).curvature)
 
 
-@every_engine
-def test_per_sample_refuses_what_only_the_mean_can_have(engine: str) -> None:
-    x, v = torch.tensor([0.3, 0.4]), torch.ones(2)
-    exact = (-x.sin()).mean()
-    torch.testing.assert_close(directional(HandWritten.apply, x, v, engine=engine).curvature, exact)
-    with pytest.raises(NotTwiceDifferentiable, match="once_differentiable"):
-        directional(HandWritten.apply, x, v, per_sample=True, engine=engine)
-
-
 @pytest.mark.parametrize(
     "normalised",
     [
@@ -396,7 +287,7 @@ def test_per_sample_refuses_what_only_the_mean_can_have(engine: str) -> None:
     ],
     ids=["layer", "layer by keyword", "batch", "instance"],
 )
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@every_engine
 def test_a_bias_without_a_weight(normalised: Callable[..., torch.Tensor], engine: str) -> None:
     # PyTorch's own second derivative is wrong there without an error.
     x, b, v = torch.randn(3, 5, 5).double(), torch.randn(5).double(), torch.randn(5).double()
@@ -405,18 +296,6 @@ def test_a_bias_without_a_weight(normalised: Callable[..., torch.Tensor], engine
         return (normalised(x, b) ** 3).sum()
 
     curvature.testing.check_directional(loss, b, v, engine=engine)
-
-
-def fused_weight_norm(x: torch.Tensor) -> torch.Tensor:
-    return torch._weight_norm_interface(x, x[:, :1].contiguous())[0].sin().sum(1)
-
-
-@fast_only
-def test_the_reference_refuses_the_fused_weight_norm_whose_second_derivative_is_wrong() -> None:
-    x, v = torch.randn(2, 2, 3, dtype=F64)
-    with pytest.raises(NotTwiceDifferentiable, match="weight_norm is wrong"):
-        directional(fused_weight_norm, x, v, engine="reference")
-    curvature.testing.check_directional(fused_weight_norm, x, v)
 
 
 @every_engine
@@ -501,66 +380,6 @@ def test_what_does_not_move_may_have_an_infinite_slope(
     )
     torch.testing.assert_close(q.curvature, expected.curvature)
     torch.testing.assert_close((hvp(lambda x: func(x).sum(), x, v) * v).sum(), q.curvature)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Dropout(0.3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = checkpoint(self.attend, x, use_reentrant=False)
-        return self.attend(x)[0] + q * k - v
-
-    def attend(self, x: torch.Tensor) -> list[torch.Tensor]:
-        y = F.scaled_dot_product_attention(x, x, x)
-        return [self.block(y).square(), self.block(y).sin(), y.mean(-1, keepdim=True)]
-
-
-@every_engine
-def test_checkpointing_changes_nothing(engine: str) -> None:
-    model = Checkpointed().to(F64)
-    J = Objective(model, lambda y, _: y.square().mean((1, 2)), (torch.randn(2, 4, 3).to(F64), None))
-    v = {name: torch.randn_like(p) for name, p in J.params.items()}
-    curvature.testing.check_directional(J, J.params, v, engine=engine)
-
-
-@every_engine
-def test_checkpointing_refuses_parameters_lent_for_the_first_call(engine: str) -> None:
-    J = Objective(Checkpointed(), lambda y, _: y.square().mean(), (torch.randn(2, 4, 3), None))
-    params = {name: p.detach() + 0.1 for name, p in J.params.items()}
-    for verb in (directional, hvp):
-        with pytest.raises(ValueError, match="evaluates Linear again with another weight"):
-            verb(J, params, params, engine=engine)
-
-
-@every_engine
-def test_checkpointing_refuses_a_module_that_was_lent_two_sets_of_parameters(engine: str) -> None:
-    layer = nn.Linear(2, 2)
-    block = nn.Sequential()
-    block.forward = lambda x: checkpoint(layer, x, use_reentrant=False)
-    block.layer = layer
-    lent = {f"layer.{name}": p.detach() + 1 for name, p in layer.named_parameters()}
-    x = torch.ones(2, requires_grad=True)
-    with Tape(engine=engine) as tape:
-        loss = (torch.func.functional_call(block, lent, x) + layer(x)).square().sum()
-    with pytest.raises(ValueError, match="evaluates Linear again"):
-        tape.backward(loss, [x])
-
-
-@every_engine
-@pytest.mark.parametrize("verb", ["directional", "hvp"])
-def test_checkpointing_refuses_parameters_that_have_stepped(verb: str, engine: str) -> None:
-    model = Checkpointed()
-    params = dict(model.named_parameters())
-    with Tape(engine=engine) as tape:
-        loss = model(torch.randn(2, 4, 3)).square().mean()
-    gradient = tape.backward(loss, params)
-    getattr(tape, verb)(gradient)
-    with torch.no_grad():
-        model.block[0].weight.add_(1)
-    with pytest.raises(ValueError, match="evaluates Linear again with another weight"):
-        getattr(tape, verb)(gradient)
 
 
 @every_engine

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import assert_close, fast_only
+from agreement import assert_close, every_engine, fast_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ def of_a_step(inner: Callable[[list[Tensor]], Tensor]) -> Callable[[list[Tensor]
     return outer
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@every_engine
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_a_step_of_gradient_descent_through_weight_norm(dim: int, engine: str) -> None:
     x = torch.randn(5, 4, dtype=F64)
@@ -248,7 +248,7 @@ compiling = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"
 
 
 @compiling
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@every_engine
 @pytest.mark.parametrize(
     "function",
     [
@@ -297,7 +297,7 @@ def laplacian(norm: Norm) -> Callable[[Tensor], Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@every_engine
 @pytest.mark.parametrize(
     "norm",
     [
@@ -363,7 +363,7 @@ def bent_twice(differentiate: Callable[[Tensor], None]) -> Callable[[Tensor], Te
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@every_engine
 @pytest.mark.parametrize(
     "differentiate",
     [
@@ -392,7 +392,7 @@ class Once(torch.autograd.Function):
         return cotangent * ctx.saved_tensors[0].cos()
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@every_engine
 @pytest.mark.parametrize(
     "function",
     [Once.apply, lambda x: torch.distributions.Dirichlet(x.exp()).rsample().square()],
@@ -413,7 +413,7 @@ def test_a_gradient_that_pytorch_takes_for_constant(
         directional(penalty, x, v, engine=engine)
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@every_engine
 def test_a_gradient_at_an_edge(engine: str) -> None:
     points = torch.randn(3, 4, dtype=F64)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import fast_only
+from agreement import every_engine, fast_only
 from torch import Tensor, nn
 
 import curvature
@@ -265,3 +265,28 @@ def test_a_function_of_ones_own_in_half_precision() -> None:
 
     fast, exact = directional(loss, x, v), directional(loss, x, v, engine="reference")
     assert float(fast.slope) == pytest.approx(float(exact.slope), rel=0.02)
+
+
+class PenaltyByGradient(torch.autograd.Function):
+    """The sum of x, and what only its gradient holds of the sum of (x² / 2)."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        return cotangent + ctx.saved_tensors[0]
+
+
+@every_engine
+def test_a_gradient_that_is_not_linear_in_its_cotangent_is_left_to_double_backward(
+    engine: str,
+) -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with Tape(engine=engine) as tape:
+        loss = PenaltyByGradient.apply(x)
+    (g,) = tape.backward(loss, [x])
+    q = tape.directional([torch.ones(2)])
+    assert (g.tolist(), q.slope, q.curvature, q.engine) == ([2, 3], 5, 2, "reference")
