@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from wrapped import WRAPPERS, assert_same, every_wrapper
 
 F64 = torch.float64
-
-
 OVERLAPS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "the same": lambda p: (p, p),
     "transposed": lambda p: (p, p.t()),
