@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from agreement import check_agreement, fast_only
+from dispatched import Dispatched
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -42,9 +43,17 @@ def test_the_product_of_an_input_that_is_not_contiguous(monkeypatch: pytest.Monk
         y = F.linear(x.transpose(0, 1).tanh(), weight, x[1, 0] if bias is None else bias)
         return y.square().sum((1, 2))
 
-    with Tape() as tape:
-        func(x.requires_grad_())
-    assert tape._forward is None or len(tape._forward.products) == 1
+    multiplications = []
+    for least_length in (0, 1000):
+        monkeypatch.setattr(forward, "_LEAST_LENGTH", least_length)
+        with Tape() as tape:
+            losses = func(x.requires_grad_())
+        tape.backward(losses, [x])
+        with Dispatched() as dispatched:
+            tape.directional([v])
+        multiplications.append(dispatched.multiplications)
+    assert multiplications == [2, 3]
+    monkeypatch.setattr(forward, "_LEAST_LENGTH", 0)
     for bias in (None, torch.randn(3, dtype=F64)):
         check_agreement(partial(func, bias=bias), x.detach(), v)
 
