@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.flop_counter import FlopCounterMode
 
 import curvature
 from curvature import Objective, Quadratic, Tape, directional, hvp
@@ -334,8 +335,45 @@ def test_at_a_kink_both_engines_take_the_same_side(
     torch.testing.assert_close(*[(q.slope, q.curvature) for q in results])
 
 
-@fast_only
-def test_products_through_sparse_cotangents_are_dense() -> None:
+@every_engine
+def test_a_mode_that_watches_what_is_dispatched(engine: str) -> None:
+    A, x, v = random_quadratic(3, 0)
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        return ((A @ x).tanh() * 1.5 / 2).square().sum()
+
+    expected = directional(func, x, v, engine=engine).curvature
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(directional(func, x, v, engine=engine).curvature, expected)
+
+
+def test_a_slope_is_known_where_the_curvature_is_not() -> None:
+    z = torch.randn(4, 2, dtype=F64)
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        y = z @ x
+        (slopes,) = torch.autograd.grad(y.logcumsumexp(0)[-1].sum(), y, create_graph=True)
+        return slopes.square().sum()
+
+    x, v = torch.randn(2, 2, 2, dtype=F64)
+    q = directional(func, x, v)
+    expected = directional(lambda x: (z @ x).softmax(0).square().sum(), x, v)
+    torch.testing.assert_close(q.slope, expected.slope)
+    assert not q.curvature.isfinite()
+
+
+def test_what_is_asked_after_the_step_says_so() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with Tape() as tape:
+        loss = x.exp().prod()
+    (g,) = tape.backward(loss, [x])
+    loss.backward()
+    with pytest.raises(RuntimeError, match="ask a tape before the optimizer's step, and before a"):
+        tape.directional([g])
+
+
+@every_engine
+def test_products_through_sparse_cotangents_are_dense(engine: str) -> None:
     x, v = torch.randn(2, 4, 3, dtype=F64)
     y = torch.randn(3, 5, dtype=F64)
     rows = torch.tensor([0, 1, 1])
@@ -343,7 +381,7 @@ def test_products_through_sparse_cotangents_are_dense() -> None:
         lambda x: torch.sparse.mm(x.to_sparse(), y).pow(3).sum(),
         lambda x: F.embedding(rows, x, sparse=True).pow(3).sum(),
     ):
-        product = hvp(func, x, v)
+        product = hvp(func, x, v, engine=engine)
         assert product.layout == torch.strided
         torch.testing.assert_close((product * v).sum(), directional(func, x, v).curvature)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from curvature import NonFiniteLoss, Objective, fit, testing
+from curvature import NonFiniteLoss, Objective, directional, fit, testing
 
 F64 = torch.float64
 X, V = torch.zeros((), dtype=F64), torch.ones((), dtype=F64)
@@ -152,3 +152,17 @@ def test_a_function_that_differentiates_inside_itself() -> None:
     torch.testing.assert_close(q.curvature, -4 * (2 * w.detach()[0]).cos(), rtol=1e-6, atol=0)
     assert not q.value.requires_grad
     testing.check_directional(loss, w.detach(), torch.ones_like(w))
+
+
+def test_a_model_that_pytorch_computes_otherwise_without_a_graph() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double().eval()
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    batch = {"src": torch.randn(3, 5, 8, dtype=F64), "src_key_padding_mask": padding}
+    J = Objective(model, lambda y, _: y.square().mean(), (batch, None))
+    q = directional(J, J.params, J.params)
+    found = fit(J, J.params, J.params, [0.0, 1e-3], slope=q.slope)
+    torch.testing.assert_close(found.value, q.value)
+    torch.testing.assert_close(found.curvature, q.curvature, rtol=1e-2, atol=0)
+    assert torch.backends.mha.get_fastpath_enabled()

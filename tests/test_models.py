@@ -205,3 +205,26 @@ def test_gauss_newton_is_the_loss_seen_through_the_jacobian() -> None:
     torch.testing.assert_close(q.slope, tape.directional(v).slope)
     with pytest.raises(TypeError, match="what the model returned"):
         tape.gauss_newton(v, x)
+
+
+def test_gauss_newton_by_the_edges_of_outputs_that_are_written_to() -> None:
+    model, x = nn.Linear(3, 2).to(F64), torch.randn(5, 3, dtype=F64)
+    params, found = list(model.parameters()), []
+    for inplace in (False, True):
+        with Tape() as tape:
+            logits = model(x)
+            edge = torch.autograd.graph.get_gradient_edge(logits)
+            loss = F.silu(logits, inplace=inplace).square().sum()
+        found.append(tape.gauss_newton(tape.backward(loss, params), edge).curvature)
+    torch.testing.assert_close(*found)
+
+
+def test_gauss_newton_names_what_only_the_whole_graph_can_differentiate() -> None:
+    x = torch.tensor([[0.0, 1, 0], [-1, 0, 0.5], [0.2, 0, 1]], dtype=F64, requires_grad=True)
+    with Tape() as tape:
+        output = sum(e.abs().square().sum() for e in torch.linalg.eig(x.sin()))
+        loss = output**2
+    tape.backward(loss, [x])
+    assert tape.directional([x.detach()]).engine == "reference"
+    with pytest.raises(NotTwiceDifferentiable, match=r"linalg_eig, .*test_models\.py"):
+        tape.gauss_newton([x.detach()], output)

@@ -1,12 +1,13 @@
 """What evaluations of the user's model leave behind is taken back."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import SideEffects, fit
+from curvature import Objective, SideEffects, directional, fit, hvp
 
 
 def test_they_can_be_kept() -> None:
@@ -163,3 +164,58 @@ def test_a_module_that_another_thread_is_in_does_not_matter() -> None:
             norm(torch.randn(4, 2))
         assert norm.num_batches_tracked == 0
     assert list(norm.state_dict()) == list(nn.BatchNorm1d(2).state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:ComplexHalf")
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        lambda: torch.eye(4).to_sparse(),
+        lambda: torch.eye(4).to_sparse_csr(),
+        lambda: torch.eye(4).to_sparse_csc(),
+        lambda: torch.eye(4).to_mkldnn(),
+        lambda: torch.empty(4, device="meta"),
+        lambda: torch.zeros(4, dtype=torch.complex32),
+    ],
+    ids=["COO", "CSR", "CSC", "mkldnn", "meta", "complex32"],
+)
+def test_buffers_that_torch_equal_cannot_read(buffer: Callable[[], Tensor]) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model.register_buffer("other", buffer())
+    J = Objective(model, lambda y, _: y.square().mean(), (torch.randn(4, 3), None))
+    for measure in (directional, hvp):
+        measure(J, J.params, J.params)
+        assert model[0].num_batches_tracked == 0
+
+
+def test_a_sparse_buffer_that_is_written_to() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weights", torch.eye(2).to_sparse())
+
+        def forward(self) -> None:
+            self.weights.mul_(2)
+
+    graph = Graph()
+    with SideEffects():
+        graph()
+    assert graph.weights.to_dense().tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_a_buffer_that_is_bound_anew_before_an_interrupt(error: type[BaseException]) -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count = self.count + 1
+            raise error
+
+    model = nn.Sequential(Counter())
+    for _ in range(2):
+        with pytest.raises(error), SideEffects():
+            model(torch.ones(1))
+        assert model[0].count == 0
