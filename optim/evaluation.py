@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature import NonFiniteLoss, SideEffects, gradient, parameter_hooks_off
+from optim.accumulated import accumulated_hooks_off
 from optim.autocast import autocast_noted, forget_casts
 from optim.called import Called
 from optim.grads import check_no_grads, set_grads, without_grads
@@ -227,8 +228,9 @@ def _backward(
         # Of a scaled loss others would get the scaled gradient.
         whole = setting.ranks.several or (all_leaves and weighed.scale == 1)
         others = other_leaves(weighed.product, now) if whole else []
+        aside = without_grads(now) if whole else nullcontext()
         try:
-            with parameter_hooks_off(now), without_grads(now) if whole else nullcontext():
+            with aside, parameter_hooks_off(now), accumulated_hooks_off(now):
                 grads = recorder.backward(weighed.product, now, accumulate=whole)
         except NonFiniteLoss as error:
             unusable = str(error)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from optim.accumulated import hooks_on_accumulated, run_accumulated_hooks
 from optim.sharded import local
 
 
@@ -38,8 +39,8 @@ def check_no_grads(params: Iterable[Tensor]) -> None:
 def set_grads(params: Iterable[Tensor], grads: Iterable[Tensor | None], *, copied: bool) -> None:
     """Put gradients into ``p.grad`` as ``backward`` leaves them: each in memory of its own.
 
-    The hooks of a parameter itself change what is put there. Like clipping, they change the
-    direction and not the loss.
+    The hooks of a parameter itself change what is put there, or find it there. Like clipping, they
+    change the direction and not the loss.
 
     Args:
         copied: leave the given gradients as they are where ``p.grad`` is written to.
@@ -50,11 +51,13 @@ def set_grads(params: Iterable[Tensor], grads: Iterable[Tensor | None], *, copie
         if g is not None:
             memory = local(g).data_ptr()
             expanded = 0 in g.stride()
-            if copied or expanded or memory in taken:
+            if copied or expanded or memory in taken or hooks_on_accumulated(p):
                 form = torch.contiguous_format if expanded else torch.preserve_format
                 g = g.clone(memory_format=form)
             taken.add(memory)
         p.grad = g
+        if g is not None:
+            run_accumulated_hooks(p)
 
 
 def _hooked(p: Tensor, g: Tensor) -> Tensor:
