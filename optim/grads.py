@@ -39,6 +39,9 @@ def check_no_grads(params: Iterable[Tensor]) -> None:
 def set_grads(params: Iterable[Tensor], grads: Iterable[Tensor | None], *, copied: bool) -> None:
     """Put gradients into ``p.grad`` as ``backward`` leaves them: each in memory of its own.
 
+    Of a parameter that the loss does not use, zeros that are there stay: by them a base's momentum
+    goes on, as it does not by None.
+
     The hooks of a parameter itself change what is put there, or find it there. Like clipping, they
     change the direction and not the loss.
 
@@ -47,17 +50,17 @@ def set_grads(params: Iterable[Tensor], grads: Iterable[Tensor | None], *, copie
     """
     taken: set[int] = set()
     for p, given in zip(params, grads, strict=True):
-        g = None if given is None else _hooked(p, given)
-        if g is not None:
-            memory = local(g).data_ptr()
-            expanded = 0 in g.stride()
-            if copied or expanded or memory in taken or hooks_on_accumulated(p):
-                form = torch.contiguous_format if expanded else torch.preserve_format
-                g = g.clone(memory_format=form)
-            taken.add(memory)
+        if given is None:
+            continue
+        g = _hooked(p, given)
+        memory = local(g).data_ptr()
+        expanded = 0 in g.stride()
+        if copied or expanded or memory in taken or hooks_on_accumulated(p):
+            form = torch.contiguous_format if expanded else torch.preserve_format
+            g = g.clone(memory_format=form)
+        taken.add(memory)
         p.grad = g
-        if g is not None:
-            run_accumulated_hooks(p)
+        run_accumulated_hooks(p)
 
 
 def _hooked(p: Tensor, g: Tensor) -> Tensor:
@@ -78,6 +81,7 @@ class LeftGrads:
 
     def __init__(self) -> None:
         self._left: dict[int, tuple[TensorWeakRef, int]] = {}
+        self._cleared: list[Tensor] = []
 
     def note(self, params: Iterable[Tensor]) -> None:
         """Know the gradients that are there at the end of a step."""
@@ -86,10 +90,22 @@ class LeftGrads:
 
     def clear(self, params: Iterable[Tensor]) -> None:
         """Set to None the gradients that the last step left and nobody wrote to since."""
+        self._cleared = []
         for p in params:
             ref, version = self._left.get(id(p.grad), (None, 0))
             if ref is not None and ref() is p.grad and p.grad._version == version:
                 p.grad = None
+                self._cleared.append(p)
+
+    def zero(self) -> None:
+        """Put zeros where they would be, had the gradients not been cleared."""
+        for p in self._cleared:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+
+    def forget(self) -> None:
+        """Take those that were cleared for None from now on."""
+        self._cleared = []
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_left": {}}
+        return {"_left": {}, "_cleared": []}

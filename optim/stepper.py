@@ -184,10 +184,11 @@ class Stepper:
 
     def _hand_over(self, batch: Batch, found: Evaluation) -> None:
         """Put the gradients into ``p.grad``, where the base looks for them."""
-        if not found.accumulated:
-            # Also of a parameter that is frozen by now: the base would go on along the last one.
-            for p in batch.params:
+        for p in batch.params:
+            if not p.requires_grad:
+                # The base would go on along its momentum, of which the trial knows nothing.
                 p.grad = None
+        if not found.accumulated:
             set_grads(found.params, found.grads, copied=self.clip is not None)
         if self.clip is not None:
             self.clip([p for p in found.params if p.grad is not None])

@@ -133,6 +133,27 @@ class Wrapper(Optimizer):
         self._check_groups([group], self.param_groups)
         self.param_groups.append({**group, "lr": ell})
 
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set the gradients to None, or to zeros, as any torch optimizer does.
+
+        Zeros let a base's momentum and weight decay go on where the loss does not use a parameter.
+
+        Example:
+            >>> import torch
+            >>> from optim import Rescaled
+            >>> x = torch.nn.Parameter(torch.ones(2))
+            >>> x.grad = torch.ones(2)
+            >>> Rescaled(torch.optim.SGD([x])).zero_grad(set_to_none=False)
+            >>> x.grad
+            tensor([0., 0.])
+        """
+        super().zero_grad(set_to_none)
+        if set_to_none:
+            self._left_grads.forget()
+        else:
+            self._left_grads.zero()
+
     def _checked_params(self) -> list[Tensor]:
         """The parameters of all groups, looked at again where one is new or has moved."""
         for group in self.param_groups:
