@@ -33,12 +33,18 @@ class LinearInRate(OnTwins):
     def __init__(self, base: Optimizer) -> None:
         super().__init__(base)
         self._proofs = 0
+        self._proved = False  # by the last proposal
         self._told: set[str] = set()
 
     def _propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
-        if self._proofs < self.PROOFS and self._prove(ratios):
-            self._proofs += 1
+        self._proved = self._proofs < self.PROOFS and self._prove(ratios)
         return self._rescaled(ratios, self.RATE)
+
+    def move(self, step: float) -> None:
+        super().move(step)
+        # A step that is only looked at would be proved again at the next.
+        self._proofs += self._proved
+        self._proved = False
 
     def _rescaled(self, ratios: Sequence[float], rate: float) -> dict[Tensor, Tensor]:
         """d, told from a step at this rate."""

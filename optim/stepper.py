@@ -135,12 +135,13 @@ class Stepper:
         found = evaluate(batch, self.estimator.recorder)
         if found.unusable is not None:
             raise ValueError(f"no step lies ahead: {found.unusable}")
-        before, rule_state, length = Snapshot(self.base), self.rule_state, self.length
+        before = Snapshot(self.base)
+        own = self.rule_state, self.length, self._consistent
         try:
             return self._plan(iteration, batch, found, True)
         finally:
             before.restore()
-            self.rule_state, self.length = rule_state, length
+            self.rule_state, self.length, self._consistent = own
 
     def _advance(self, iteration: int, batch: Batch, found: Evaluation, due: bool) -> StepRecord:
         check_hooks(self.base)

@@ -220,3 +220,44 @@ def test_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib \(this package's extra 'plots'"):
         plots.run([StepRecord(1, 1.0)])
+
+
+def test_a_batch_drawn_inside_is_refused_after_looking_too() -> None:
+    net = Net()
+    optimizer = GeN(torch.optim.SGD(net.model.parameters()))
+    optimizer.look_ahead(net.losses, points=5)
+    batches = iter(range(100))
+
+    def closure() -> Tensor:
+        start = next(batches) % 4
+        return net.losses(slice(4 * start, 4 * start + 4))
+
+    with pytest.raises(ValueError, match="draw the batch outside it"):
+        optimizer.step(closure)
+
+
+class Periodic(torch.optim.SGD):
+    """At every fourth step it multiplies its parameters."""
+
+    steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.steps += 1
+        if self.steps % 4 == 0:
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.5)
+
+
+def test_looking_proves_nothing_of_a_base() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = GeN(Periodic([p], lr=0.1))
+    for _ in range(12):
+        optimizer.look_ahead(lambda: (p - 3).square().sum(), points=3)
+    for _ in range(3):
+        optimizer.step(lambda: (p - 3).square().sum())
+    before = p.detach().clone()
+    with pytest.raises(TypeError, match="not linear in lr"):
+        optimizer.step(lambda: (p - 3).square().sum())
+    assert torch.equal(p, before)
