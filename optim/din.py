@@ -65,7 +65,8 @@ class DIN(Checked):
             For each parameter with a gradient, ``ratio (lambda theta - u + beta P^-1 g)``.
 
         Raises:
-            TypeError: a gradient is sparse, or a parameter has changed its dtype.
+            ValueError: a hyperparameter other than lr, which has no part in d, is out of range.
+            TypeError: one is no number, a gradient is sparse, or a parameter has changed its dtype.
 
         Example:
             >>> import torch
@@ -79,6 +80,8 @@ class DIN(Checked):
             >>> x.detach()
             tensor([0.9900])
         """
+        for group in self.param_groups:
+            self._check({**group, "lr": 0.0})
         self._check_gradients()
         self._pending = []
         direction: dict[Tensor, Tensor] = {}

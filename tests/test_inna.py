@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optim import INNA, INNAprop
+from optim import INNA, GeN, INNAprop
 
 F64 = torch.float64
 Array = NDArray[np.float64]
@@ -200,3 +200,31 @@ def test_a_refused_step_changes_nothing(kind: type) -> None:
         optimizer.step()
     assert not optimizer.state
     assert all(torch.equal(p, torch.ones(2)) for p in params)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("alpha", -1.0, ValueError),
+        ("beta", 0.0, ValueError),
+        ("beta", "x", TypeError),
+        ("sigma", 1.0, ValueError),
+        ("eps", 0.0, ValueError),
+        ("weight_decay", -0.1, ValueError),
+    ],
+)
+def test_hyperparameters_are_checked_at_the_steps_of_a_wrapper(
+    name: str, value: Any, error: type[Exception]
+) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = GeN(INNAprop([p]))
+    optimizer.step(lambda: p.square().sum())
+    before, state = p.detach().clone(), copy.deepcopy(optimizer.state[p])
+    group = optimizer.param_groups[0]
+    own, group[name] = group[name], value
+    with pytest.raises(error, match=f"{name} is {value!r}"):
+        optimizer.step(lambda: p.square().sum())
+    group[name] = own
+    assert torch.equal(p, before)
+    torch.testing.assert_close(optimizer.state[p], state, rtol=0, atol=0)
+    optimizer.step(lambda: p.square().sum())
