@@ -14,6 +14,7 @@ from torch import Tensor
 from optim.checked import Checked
 from optim.energy import Kinetic, check_no_decay
 from optim.inner import inner
+from optim.rate import rate
 
 
 @dataclass(eq=False)
@@ -52,7 +53,7 @@ class DIN(Checked):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         for pending in self._advance(group):
-            _euler(pending, float(group["lr"]))
+            _euler(pending, rate(group))
 
     @torch.no_grad()
     def propose(self, ratios: Sequence[float]) -> dict[Tensor, Tensor]:
@@ -168,7 +169,7 @@ class DIN(Checked):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse hyperparameters for which the step is not defined."""
-        lr, alpha, beta = float(group["lr"]), group["alpha"], group["beta"]
+        lr, alpha, beta = rate(group), group["alpha"], group["beta"]
         if not lr >= 0:
             raise ValueError(f"lr is {lr}; it must be at least 0")
         if not 0 <= alpha < math.inf:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optim.preconditioned import Preconditioned, mean_of_squares, moments
 from optim.ranges import check_decay
+from optim.rate import rate
 
 
 class DINAdam(Preconditioned):
@@ -91,4 +92,4 @@ class DINAdam(Preconditioned):
         d = list(torch._foreach_add(m, grads, alpha=product))
         root = list(torch._foreach_add(v, group["eps"]))
         torch._foreach_sqrt_(root)
-        torch._foreach_addcdiv_(params, d, root, value=-float(group["lr"]))
+        torch._foreach_addcdiv_(params, d, root, value=-rate(group))

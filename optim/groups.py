@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optim.apart import check_apart
 from optim.ranges import check_number
+from optim.rate import rate
 from optim.sharded import check_sharding
 
 
@@ -39,7 +40,7 @@ def check_rate(group: dict[str, Any]) -> None:
     if "lr" not in group:
         raise TypeError("the base optimizer has no lr in its groups, by which to set its step")
     check_number("lr", group["lr"])
-    if not 0 <= float(group["lr"]) < math.inf:
+    if not 0 <= rate(group) < math.inf:
         raise ValueError(f"lr is {group['lr']}; it must be finite and at least 0")
 
 

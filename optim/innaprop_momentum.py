@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optim.preconditioned import Preconditioned, mean_of_squares, moments
 from optim.ranges import check_decay
+from optim.rate import rate
 
 
 class INNApropMomentum(Preconditioned):
@@ -77,7 +78,7 @@ class INNApropMomentum(Preconditioned):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_decay("sigma", group["sigma"])
-        gamma = float(group["lr"])
+        gamma = rate(group)
         if not gamma < group["beta"]:
             raise ValueError(f"lr is {gamma} and beta is {group['beta']}: lr must stay below beta")
         if not group["alpha"] * gamma < 1:
@@ -92,7 +93,7 @@ class INNApropMomentum(Preconditioned):
         grads: list[Tensor],
         states: list[dict[str, Any]],
     ) -> None:
-        gamma, alpha, beta = float(group["lr"]), group["alpha"], group["beta"]
+        gamma, alpha, beta = rate(group), group["alpha"], group["beta"]
         kept = 1 - alpha * gamma
         p = list(torch._foreach_sqrt(mean_of_squares(states, grads, group["sigma"])))
         torch._foreach_add_(p, group["eps"])

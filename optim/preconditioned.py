@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optim.checked import Checked
+from optim.rate import rate
 
 
 class Preconditioned(Checked):
@@ -19,13 +20,14 @@ class Preconditioned(Checked):
         params = [p for p in group["params"] if p.grad is not None]
         if params:
             if group["weight_decay"] != 0:
-                torch._foreach_mul_(params, 1 - float(group["lr"]) * group["weight_decay"])
+                torch._foreach_mul_(params, 1 - rate(group) * group["weight_decay"])
             self._move(group, params, [p.grad for p in params], [self.state[p] for p in params])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse hyperparameters for which the step is not defined."""
-        for name in ("lr", "alpha", "beta", "weight_decay"):
-            if not 0 <= float(group[name]) < math.inf:
+        numbers = {name: float(group[name]) for name in ("alpha", "beta", "weight_decay")}
+        for name, number in {"lr": rate(group), **numbers}.items():
+            if not 0 <= number < math.inf:
                 raise ValueError(f"{name} is {group[name]}; it must be finite and at least 0")
         if not 0 < group["eps"] < math.inf:
             raise ValueError(f"eps is {group['eps']}; it must be finite and positive")

@@ -22,6 +22,7 @@ from optim.grads import set_grads
 from optim.line import Estimate, Line
 from optim.penalty import penalty_of
 from optim.ranges import check_count
+from optim.rate import rate
 from optim.record import StepRecord
 from optim.rules import Rule
 from optim.rules.rule import State
@@ -160,8 +161,9 @@ class Stepper:
     def _plan(self, iteration: int, batch: Batch, found: Evaluation, due: bool) -> Plan:
         """Ask the base for a direction, and the rule how far to go along it."""
         self._hand_over(batch, found)
-        ell = max(float(group["lr"]) for group in self.base.param_groups)
-        ratios = [float(group["lr"]) / ell if ell > 0 else 1.0 for group in self.base.param_groups]
+        rates = [rate(group) for group in self.base.param_groups]
+        ell = max(rates)
+        ratios = [each / ell if ell > 0 else 1.0 for each in rates]
         proposed = self._proposer.propose(ratios)
         direction = [proposed[p] if p in proposed else torch.zeros_like(p) for p in found.params]
         trial = Trial(batch, found, penalty_of(self.base, found.params), direction)

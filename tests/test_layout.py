@@ -72,7 +72,7 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"ranges"},
+        {"ranges", "rate"},
         {
             "autocast",
             "called",

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR
 
-from optim import Rescaled, schedules
+from optim import INNA, DINAdam, INNAprop, INNApropMomentum, Rescaled, schedules
 
 
 def rates(make: Callable[[torch.optim.Optimizer], LambdaLR], count: int, lr: float) -> list[float]:
@@ -92,3 +93,38 @@ def test_a_wrapper_is_driven_by_its_schedule() -> None:
         scheduler.step()
         steps.append(optimizer.records[-1].step)
     assert steps == pytest.approx([1 / 6, 1 / 8, 1 / 12, 1 / 24], rel=1e-9)
+
+
+@pytest.mark.parametrize("first", [0.9, 0.8, 1 / 3])
+@pytest.mark.parametrize(
+    "make", [lambda p: Rescaled(torch.optim.SGD(p)), INNA, INNAprop, DINAdam, INNApropMomentum]
+)
+def test_a_schedule_to_zero_may_end_below_by_rounding(
+    make: Callable[[Any], Any], first: float
+) -> None:
+    """As torch computes LinearLR, from the rate of the step before."""
+    below = 0
+    for length in range(2, 30):
+        x = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+        optimizer = make([x])
+
+        def loss(optimizer: Any = optimizer, x: torch.Tensor = x) -> torch.Tensor:
+            optimizer.zero_grad()
+            value = (3 * x**2).sum()
+            value.backward()
+            return value
+
+        scheduler = LinearLR(optimizer, first, 0.0, length)
+        for _ in range(length):
+            optimizer.step(loss)
+            scheduler.step()
+        before = x.detach().clone()
+        optimizer.step(loss)
+        if optimizer.param_groups[0]["lr"] < 0:
+            below += 1
+            # The momentum of INNApropMomentum is not a multiple of lr.
+            assert torch.equal(x, before) or make is INNApropMomentum
+    assert below
+    optimizer.param_groups[0]["lr"] = -1e-9
+    with pytest.raises(ValueError, match="lr is -1e-09"):
+        optimizer.step(loss)
