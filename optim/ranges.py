@@ -34,6 +34,15 @@ def check_count(name: str, count: int, least: int = 1) -> None:
         raise ValueError(f"{name} is {count!r}; it must be an integer of at least {least}")
 
 
+def take_floats(frozen: Any, *names: str) -> None:
+    """Make plain numbers of attributes that numpy or a tensor may have given.
+
+    ``torch.load`` refuses others in a checkpoint.
+    """
+    for name in names:
+        object.__setattr__(frozen, name, float(getattr(frozen, name)))
+
+
 def check_kind(name: str, value: Any, kind: type, hint: str) -> None:
     """Refuse what is not of this class; the hint says what to give."""
     if not isinstance(value, kind):

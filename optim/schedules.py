@@ -42,6 +42,7 @@ def cooldown(optimizer: Optimizer, steps: int, *, share: float = 0.4) -> LambdaL
     check_number("share", share)
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; it must be in (0, 1]")
+    share = float(share)  # lr takes over its type
     return LambdaLR(optimizer, lambda k: max(0.0, min(1.0, (1 - k / steps) / share)))
 
 
@@ -70,6 +71,7 @@ def red(optimizer: Optimizer, epochs: int, *, eta: float = 0.5) -> LambdaLR:
     _check_optimizer(optimizer)
     check_count("epochs", epochs)
     check_positive("eta", eta)
+    eta = float(eta)
     return LambdaLR(optimizer, lambda n: eta ** (n / epochs))
 
 
@@ -133,6 +135,7 @@ def warmup_cosine(optimizer: Optimizer, warmup: int, decay: int, *, least: float
     check_number("least", least)
     if not 0 <= least <= 1:
         raise ValueError(f"least is {least}; it must be in [0, 1]")
+    least = float(least)
 
     def factor(k: int) -> float:
         if k < warmup:

@@ -94,8 +94,10 @@ class Stepper:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs of it."""
-        rule_state = dict(self.rule_state)
-        return {"length": self.length, "energy": self.energy, "rule_state": rule_state}
+        # A rule of the caller's own may have computed with numbers of numpy.
+        rule_state = {name: float(number) for name, number in self.rule_state.items()}
+        length, energy = float(self.length), float(self.energy)
+        return {"length": length, "energy": energy, "rule_state": rule_state}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state` gave; other entries are passed over."""

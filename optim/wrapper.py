@@ -65,6 +65,7 @@ class Wrapper(Optimizer):
         if isinstance(base, Wrapper):
             raise TypeError(f"base is a {type(base).__name__}, which already chooses the step")
         check_positive("ell", ell)
+        ell = float(ell)
         check_kind("rule", rule, Rule, "a rule of optim.rules, as Cautious()")
         check_kind("estimator", estimator, Estimator, "one of optim.estimators, as Exact()")
         if clip is not None and not callable(clip):
@@ -131,7 +132,7 @@ class Wrapper(Optimizer):
         self.base.add_param_group({**param_group, "lr": 0.0})
         group = self.param_groups.pop()
         self._check_groups([group], self.param_groups)
-        self.param_groups.append({**group, "lr": ell})
+        self.param_groups.append({**group, "lr": float(ell)})
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

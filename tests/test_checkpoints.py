@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from agreement import assert_identical, fast_only
@@ -15,7 +16,7 @@ from checkpoint_runs import RUNS, main
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from optim import INNA, GeN, INNAprop, Rescaled
+from optim import INNA, GeN, INNAprop, Rescaled, gen_published, schedules
 from optim.estimators import Exact, GaussNewton, Probes, Secant
 from optim.rules import Edge, Lipschitz, RobbinsMonro, Rule
 
@@ -247,3 +248,51 @@ def test_hyperparameters_become_those_of_the_checkpoint() -> None:
     loader.load_state_dict(saver.state_dict())
     (group,) = loader.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.9, 0)
+
+
+HALF = np.float64(0.5)
+WITH_NUMPY: dict[str, Callable[[nn.Module], Any]] = {
+    "ell": lambda m: GeN(SGD(m.parameters()), ell=HALF),
+    "Lipschitz": lambda m: Rescaled(SGD(m.parameters()), rule=Lipschitz(beta3=HALF)),
+    "Edge": lambda m: Rescaled(SGD(m.parameters()), rule=Edge(HALF, HALF)),
+    "RobbinsMonro": lambda m: Rescaled(
+        SGD(m.parameters()), rule=RobbinsMonro(HALF / 100, HALF, np.float64(0.75))
+    ),
+    "Newton and Probes": lambda m: gen_published(
+        SGD(m.parameters()), eta=HALF, gamma=HALF, points=(-HALF, HALF)
+    ),
+    "a tensor": lambda m: Rescaled(SGD(m.parameters()), rule=Lipschitz(beta3=torch.tensor(0.5))),
+    "a rule of others": lambda m: Rescaled(SGD(m.parameters()), rule=OwnRule(HALF, None)),
+    "a group": lambda m: _with_group(GeN(SGD(m[0].parameters())), m[2]),
+}
+
+
+def _with_group(optimizer: Any, layer: nn.Module) -> Any:
+    optimizer.add_param_group({"params": layer.parameters(), "lr": HALF})
+    return optimizer
+
+
+@pytest.mark.parametrize("case", WITH_NUMPY)
+def test_numbers_of_numpy_are_saved_as_plain_ones(case: str, tmp_path: Path) -> None:
+    _, optimizer = trained(WITH_NUMPY[case])
+    torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    assert type(saved["wrapper"]["length"]) is float
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: schedules.cooldown(o, 4, share=HALF),
+        lambda o: schedules.red(o, 4, eta=HALF),
+        lambda o: schedules.warmup_cosine(o, 2, 4, least=HALF),
+    ],
+)
+def test_schedules_with_numbers_of_numpy_leave_plain_ones(schedule: Callable[..., Any]) -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = schedule(optimizer)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+        assert type(optimizer.param_groups[0]["lr"]) is float

@@ -70,6 +70,7 @@ class Probes(Estimator):
                 f"{unknown} of them here, finite, different, and none of them 0, where the loss "
                 "is known"
             )
+        object.__setattr__(self, "points", tuple(map(float, self.points)))
 
     def first_reach(self, trial: Trial, line: Line) -> float:
         """The learning rate from 1e-6 to 1e2 with the lowest loss (GeN's appendix C.4.2).

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
-from optim.ranges import check_decay, check_positive
+from optim.ranges import check_decay, check_positive, take_floats
 from optim.rules.lipschitz import newton_step
 from optim.rules.rule import Rule, State
 
@@ -46,6 +46,7 @@ class Edge(Rule):
     def __post_init__(self) -> None:
         check_positive("factor", self.factor)
         check_decay("beta", self.beta)
+        take_floats(self, "factor", "beta")
 
     def choose(
         self, line: Line, estimate: Estimate | None, state: State

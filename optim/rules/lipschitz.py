@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
-from optim.ranges import check_decay
+from optim.ranges import check_decay, take_floats
 from optim.rules.rule import Rule, State
 
 NO_CURVATURE = (
@@ -48,6 +48,7 @@ class Lipschitz(Rule):
 
     def __post_init__(self) -> None:
         check_decay("beta3", self.beta3)
+        take_floats(self, "beta3")
 
     def choose(
         self, line: Line, estimate: Estimate | None, state: State

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
-from optim.ranges import check_decay, check_positive
+from optim.ranges import check_decay, check_positive, take_floats
 from optim.rules.rule import Rule, State
 
 
@@ -43,7 +43,9 @@ class Newton(Rule):
     def __post_init__(self) -> None:
         if self.eta is not None:
             check_positive("eta", self.eta)
+            take_floats(self, "eta")
         check_decay("gamma", self.gamma)
+        take_floats(self, "gamma")
 
     def choose(
         self, line: Line, estimate: Estimate | None, state: State

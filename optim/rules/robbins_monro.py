@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from optim.line import Estimate, Line
-from optim.ranges import check_kind, check_number
+from optim.ranges import check_kind, check_number, take_floats
 from optim.rules.lipschitz import Lipschitz
 from optim.rules.rule import Rule, State
 
@@ -49,6 +49,7 @@ class RobbinsMonro(Rule):
             raise ValueError(f"low is {self.low} and high {self.high}; 0 < low <= high is needed")
         if not 0.5 < self.delta < 1:
             raise ValueError(f"delta is {self.delta}; it must be between 1/2 and 1")
+        take_floats(self, "low", "high", "delta")
 
     @property
     def needs_kinetic(self) -> bool:
