@@ -174,7 +174,7 @@ class Records(Sequence[StepRecord]):
             for number, line in enumerate(file, start=1):
                 if not line.endswith("\n"):
                     break  # half written by a run that was killed, or is running
-                record = _parsed(line, f"{os.fspath(path)}, line {number}")
+                record = parsed(line, f"{os.fspath(path)}, line {number}")
                 while held and held[-1].iteration >= record.iteration:
                     held.pop()
                 held.append(record)
@@ -195,10 +195,15 @@ class Records(Sequence[StepRecord]):
         return self._records[index]
 
 
-def _parsed(line: str, where: str) -> StepRecord:
+def parsed(line: str | bytes, where: str) -> StepRecord:
+    """The record that a line of JSON holds.
+
+    Raises:
+        ValueError: it holds none; the message starts with ``where``.
+    """
     try:
         entries = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{where}: no JSON object") from error
     names = {field.name for field in fields(StepRecord)}
     if not isinstance(entries, dict) or not entries.keys() <= names or "iteration" not in entries:

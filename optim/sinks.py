@@ -12,9 +12,10 @@ import weakref
 from dataclasses import asdict
 from typing import Any
 
-from optim.record import StepRecord
+from optim.record import StepRecord, parsed
 
-_LINE = 4096  # bytes, more than a record has
+_LINES = 8192  # bytes, more than two records have
+_START = b'{"iteration": '
 
 
 class JsonLines:
@@ -41,17 +42,25 @@ class JsonLines:
         # A path that cannot be written must fail now, not after a step.
         with open(self._path, "ab+") as file:
             size = file.tell()
-            file.seek(max(0, size - _LINE))
-            tail = file.read()
-            rest = tail[tail.rfind(b"\n") + 1 :]
-            start = b'{"iteration": '
-            if rest[: len(start)] != start[: len(rest)]:
-                raise ValueError(f"{self._path} ends in something else than records of steps")
+            file.seek(max(0, size - _LINES))
+            *whole, rest = file.read().split(b"\n")
+            if rest[: len(_START)] != _START[: len(rest)] or not all(map(_is_record, whole[-1:])):
+                raise ValueError(
+                    f"{self._path} ends in something else than records of steps; give a new file"
+                )
             file.truncate(size - len(rest))
 
     def write(self, record: StepRecord) -> None:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(record.to_json() + "\n")
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        parsed(line, "")
+    except ValueError:
+        return False
+    return True
 
 
 class TensorBoard:

@@ -81,7 +81,21 @@ def test_a_run_that_goes_on_from_a_checkpoint_takes_the_place_of_what_followed(
     assert read[-1] == optimizer.records[2] == other.records[0]
 
 
-@pytest.mark.parametrize("content", ['{"important": 1}', "x" * 9000, "1\n2"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"important": 1}',
+        "x" * 9000,
+        "x" * 9000 + "\n",
+        "1\n2",
+        "my notes\n",
+        "\n",
+        "\xe9\n",
+        '{"epoch": 1}\n',
+        StepRecord(1).to_json() + "\nmy notes\n",
+        'my notes\n{"iteration": ',
+    ],
+)
 def test_a_file_of_something_else_is_left_as_it_was(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.txt"
     path.write_text(content)
