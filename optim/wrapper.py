@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from optim.ranks import Ranks
 from optim.record import Records
 from optim.rules import Rule
 from optim.stepper import OVERFLOW, Stepper
+from optim.warn import warn
 
 if TYPE_CHECKING:  # some builds of torch are without it
     from torch.distributed import ProcessGroup
@@ -246,9 +246,7 @@ class Wrapper(Optimizer):
         # A loss scale finds its place by overflows.
         expected = record.skipped == OVERFLOW and self._setting.loss_scale.used
         if record.skipped is not None and not expected:
-            message = f"step {record.iteration} skipped, nothing changed: {record.skipped}"
-            # Above are the frames of torch's two decorators.
-            warnings.warn(message, RuntimeWarning, stacklevel=5)
+            warn(f"step {record.iteration} skipped, nothing changed: {record.skipped}")
         return result
 
     def look_ahead(

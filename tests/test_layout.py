@@ -72,7 +72,7 @@ FLOORS = {
         {"testing"},
     ],
     "optim": [
-        {"ranges", "rate"},
+        {"ranges", "rate", "warn"},
         {
             "autocast",
             "called",

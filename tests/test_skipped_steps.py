@@ -140,9 +140,13 @@ def test_a_step_that_is_not_taken_leaves_the_callers_gradients(wrapper: str, own
 
 
 @every_wrapper
-def test_a_skipped_step_warns_of_the_callers_line(wrapper: str) -> None:
+@pytest.mark.parametrize("schedulers", [0, 1, 2])
+def test_a_skipped_step_warns_of_the_callers_line(schedulers: int, wrapper: str) -> None:
+    """However often schedulers have wrapped the step."""
     p = nn.Parameter(torch.ones(1))
     optimizer = WRAPPERS[wrapper](torch.optim.SGD([p]))
+    for _ in range(schedulers):
+        torch.optim.lr_scheduler.ConstantLR(optimizer)
     with pytest.warns(RuntimeWarning, match="skipped") as caught:
         optimizer.step(lambda: p.sum() * torch.nan)
     assert caught[0].filename == __file__
