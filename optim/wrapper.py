@@ -103,6 +103,17 @@ class Wrapper(Optimizer):
         return self.base.param_groups
 
     @property
+    def records(self) -> Records:
+        """What was chosen at the latest steps; another :class:`optim.Records` may be assigned."""
+        return self._records
+
+    @records.setter
+    def records(self, records: Records) -> None:
+        # Nothing else could hold the record of a step that is already taken.
+        check_kind("records", records, Records, "an optim.Records, as Records(JsonLines(path))")
+        self._records = records
+
+    @property
     def state(self) -> Any:  # type: ignore[override]
         return self.base.state
 

@@ -150,6 +150,14 @@ for _name in ("Rescaled", "GeN"):
     ):
         bad(_of, _error, _message, lambda w, o, c=_closure: o.step(c(w)), _wrapped)
 
+    bad(
+        _of,
+        TypeError,
+        r"records is None; give an optim\.Records",
+        lambda w, o: setattr(o, "records", None),
+        _wrapped,
+    )
+
     def _hooked_later(w: World, name: str = _name) -> Any:
         optimizer = w.wrapped(name)
         w.base.register_step_post_hook(lambda *_: None)
