@@ -208,7 +208,9 @@ class Wrapper(Optimizer):
         last step left in ``p.grad`` are then gone, and the caller's own as they were. The closure
         runs again where a loss ahead is asked for, by the same random numbers of torch, numpy and
         Python and from the same buffers: draw the batch outside it, and log or count after the
-        step, from ``records[-1]`` or what ``step`` returns. What the forward pass itself writes
+        step, from ``records[-1]`` or what ``step`` returns. Targets that the same network gives, as
+        in Q-learning, belong outside too: inside, they would move with the parameters in the
+        losses ahead, ``detach()`` or not. What the forward pass itself writes
         to parameters stands (``Embedding`` with ``max_norm``).
 
         Raises:
