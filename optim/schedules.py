@@ -54,7 +54,8 @@ def red(optimizer: Optimizer, epochs: int, *, eta: float = 0.5) -> LambdaLR:
 
     Args:
         epochs: N.
-        eta: the factor between the first and the last epoch, positive.
+        eta: the factor that the N epochs make together, positive; the last of them still has
+            eta^((N-1)/N).
 
     Raises:
         ValueError: an argument is out of range.
