@@ -41,7 +41,8 @@ def check_losses(losses: Any, *, graph: bool) -> Tensor:
     if graph and not losses.requires_grad:
         raise ValueError(
             "the loss has no graph: it does not depend on params, or was computed under no_grad or "
-            "from .detach(), .data, .item() or numpy; compute it from params with torch operations"
+            "inference_mode, or from .detach(), .data, .item() or numpy; compute it from params "
+            "with torch operations"
         )
     return losses
 

@@ -26,7 +26,9 @@ def check_consistent(trial: Trial, line: Line) -> None:
         raise ValueError(
             f"the closure gave the loss {line.value:.6g}, and {again:.6g} when called again for "
             "the same parameters: draw the batch outside it, and random numbers from the global "
-            "generators of torch, numpy or Python, which are set back in between"
+            "generators of torch, numpy or Python, which are set back in between, as buffers of "
+            "modules are; what a call leaves to the next elsewhere, as in self.hidden, is not: "
+            "make it a buffer by register_buffer"
         )
     t = trial.share(_NEAR, line.squared_norm)
     if t * abs(line.slope) <= rounding:

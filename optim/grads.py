@@ -32,7 +32,8 @@ def check_no_grads(params: Iterable[Tensor]) -> None:
         raise ValueError(
             "p.grad holds gradients that were computed outside this step's closure; call zero_grad "
             "in it, or, to accumulate several parts of a batch, give step a list of closures, or, "
-            "where a hook of steps clips what the last one left, give the wrapper clip="
+            "where a hook of steps clips what the last one left, give the wrapper clip=; to log a "
+            "norm, take torch.nn.utils.get_total_norm, since clip_grad_norm_ writes at any bound"
         )
 
 

@@ -71,9 +71,16 @@ def check_group(group: dict[str, Any]) -> None:
         )
     for i, p in enumerate(group["params"]):
         if p.dtype not in (torch.float32, torch.float64):
+            hint = (
+                "Make a real parameter of it, as by torch.view_as_real, and view_as_complex in the "
+                "model"
+                if p.is_complex()
+                else "For half precision leave it in float32 and evaluate the loss under "
+                "torch.autocast"
+            )
             raise TypeError(
                 f"{_described(i, p)} has dtype {p.dtype}; only float32 and float64 can be used. "
-                "For half precision leave it in float32 and evaluate the loss under torch.autocast"
+                + hint
             )
 
 

@@ -52,7 +52,7 @@ for _name in ("Rescaled", "GeN"):
         (
             lambda w: torch.optim.SGD([nn.Parameter(w.v + 0j)]),
             TypeError,
-            r"has dtype torch\.complex64",
+            r"has dtype torch\.complex64.*real parameter of it, as by torch\.view_as_real",
         ),
         (
             lambda w: torch.optim.SGD([w.p, nn.Parameter(w.v.to("meta"))]),
@@ -135,6 +135,11 @@ for _name in ("Rescaled", "GeN"):
         (lambda w: lambda: w.losses().outer(w.losses()), ValueError, r"has shape \(6, 6\)"),
         (lambda w: lambda: w.losses() + 0j, TypeError, r"dtype torch\.complex64"),
         (lambda w: lambda: w.losses().detach(), ValueError, "the loss has no graph"),
+        (
+            lambda w: torch.inference_mode()(w.losses),
+            ValueError,
+            "no graph: .* no_grad or inference_mode",
+        ),
         (lambda w: lambda: w.p.square().sum(), ValueError, "does not depend on any tensor"),
         (lambda w: lambda: w.missing(), AttributeError, "missing"),
         (
@@ -150,6 +155,19 @@ for _name in ("Rescaled", "GeN"):
     ):
         bad(_of, _error, _message, lambda w, o, c=_closure: o.step(c(w)), _wrapped)
 
+    def _norms_logged(w: World, name: str = _name) -> Any:
+        optimizer = w.wrapped(name)
+        optimizer.step(w.losses)
+        nn.utils.clip_grad_norm_(w.net.parameters(), INF)
+        return optimizer
+
+    bad(
+        _of,
+        ValueError,
+        r"to log a norm, take torch\.nn\.utils\.get_total_norm",
+        lambda w, o: o.step(w.losses),
+        _norms_logged,
+    )
     bad(
         _of,
         TypeError,

@@ -130,6 +130,21 @@ def test_a_closure_that_gives_another_loss_each_time_is_refused(optimizer: str) 
 
 
 @every_optimizer
+def test_state_that_is_no_buffer_is_named(optimizer: str) -> None:
+    problem = Problem(optimizer)
+    before, hidden = problem.values(), [torch.zeros(8, 4, dtype=F64)]
+
+    def recurrent() -> Tensor:
+        x, y = problem.batches[0]
+        hidden[0] = torch.tanh(x + hidden[0])
+        return F.cross_entropy(problem.model(hidden[0]), y)
+
+    with pytest.raises(ValueError, match=r"self\.hidden, is not: make it a buffer"):
+        problem.optimizer.step(recurrent)
+    torch.testing.assert_close(problem.values(), before, rtol=0, atol=0)
+
+
+@every_optimizer
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_loss_from_outside_the_closure_is_refused(optimizer: str, whole: bool) -> None:
     problem = Problem(optimizer, "AdamW")
