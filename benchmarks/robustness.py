@@ -6,9 +6,9 @@
 Each optimizer is trained on each task at nine fixed learning rates with a cosine schedule, and
 wrapped with nothing set but the number of steps, by which its schedule cools down. Without
 ``--data``, a folder with mnist, fashion-mnist and tiny-shakespeare, only the digits that come with
-scikit-learn are used. Prints the first table of the page that it writes, whose tables are all made
-of the raw losses in a JSON file beside it. ``--known`` takes the losses of an earlier run from
-such a file and trains only what it lacks, and the wrappers named by ``--again``.
+scikit-learn and made-up samples are used. Prints the first table of the page that it writes, whose
+tables are all made of the raw losses in a JSON file beside it. ``--known`` takes the losses of an
+earlier run from such a file and trains only what it lacks, and the wrappers named by ``--again``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tasks
 import torch
 from rich.console import Console
 from rich.progress import track
-from robustness_page import Run, as_markdown, first_table
+from robustness_page import STREAM, Run, as_markdown, first_table
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from optim import GeN, INNAprop, Rescaled, gen_published
@@ -45,6 +45,8 @@ WRAPPERS: dict[str, Callable[[Optimizer], Rescaled | GeN]] = {
     "GeN, phi 8": partial(GeN, phi=8),
     "as published": gen_published,
 }
+SHORTER = {name: partial(WRAPPERS[name], ell=0.1) for name in ("Rescaled", "GeN, phi 8")}
+WRAPPERS_OF = {STREAM: WRAPPERS | {f"{name}, ell 0.1": make for name, make in SHORTER.items()}}
 
 
 @dataclass
@@ -64,6 +66,9 @@ def cases(data: Path | None, quick: bool) -> Iterator[Case]:
                 epochs = 2 if quick else 20
                 make = partial(tasks.digits, activation, batch, epochs)
                 yield Case(f"digits, {activation}, batch {batch}", make, base)
+    if not quick:
+        for base in ("SGD", "SGD, momentum 0.9", "AdamW"):
+            yield Case(STREAM, tasks.stream, base)
     if data is not None:
         for name, make_task, base in (
             ("LeNet, MNIST", tasks.lenet, "RMSprop, momentum 0.9"),
@@ -80,7 +85,11 @@ def train(case: Case, how: float | str, seed: int) -> float:
     make, lowest = BASES[case.base]
     base = make(task.model.parameters(), lr=lowest if isinstance(how, str) else how)
     torch.manual_seed(100 + seed)  # all runs of a seed see the same batches
-    return task.train_wrapped(WRAPPERS[how](base)) if isinstance(how, str) else task.train(base)
+    return (
+        task.train_wrapped(wrappers_of(case.task)[how](base))
+        if isinstance(how, str)
+        else task.train(base)
+    )
 
 
 def losses(
@@ -93,9 +102,15 @@ def losses(
     }
 
 
+def wrappers_of(task: str) -> dict[str, Callable[[Optimizer], Rescaled | GeN]]:
+    return WRAPPERS_OF.get(task, WRAPPERS)
+
+
 def missing(run: Run, again: list[str]) -> list[str]:
     """The wrappers whose losses are not known, or shall not be used."""
-    return [name for name in WRAPPERS if name in again or name not in run["wrapped"]]
+    return [
+        name for name in wrappers_of(run["task"]) if name in again or name not in run["wrapped"]
+    ]
 
 
 def complete(runs: list[Run], todo: list[Case], args: argparse.Namespace) -> None:

@@ -28,7 +28,8 @@ class Task:
 
     Attributes:
         batches: one epoch of (inputs, targets), drawn by the global generator.
-        sample: a fixed part of the training data, on which the loss is taken in the end.
+        sample: a fixed part of the training data, or where none repeats others like it, on which
+            the loss is taken in the end.
     """
 
     model: nn.Module
@@ -100,6 +101,22 @@ def digits(activation: str, batch: int, epochs: int = 20) -> Task:
     model = nn.Sequential(nn.Linear(64, 128), f(), nn.Linear(128, 128), f(), nn.Linear(128, 10))
     inputs = torch.as_tensor(x).float() / 16
     return _classification(model, inputs, torch.as_tensor(y), batch, epochs, len(inputs))
+
+
+def stream(steps: int = 400, batch: int = 128) -> Task:
+    """The same MLP on samples that never repeat: normal inputs that a linear map labels."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 10, generator=generator)
+
+    def labelled(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, (x @ teacher).argmax(1)
+
+    f = nn.Tanh
+    model = nn.Sequential(nn.Linear(64, 128), f(), nn.Linear(128, 128), f(), nn.Linear(128, 10))
+    sample = [labelled(torch.randn(4000, 64, generator=generator))]
+    return Task(
+        model, lambda: (labelled(torch.randn(batch, 64)) for _ in range(steps)), sample, 1, steps
+    )
 
 
 def _images(folder: Path, count: int) -> tuple[Tensor, Tensor]:
