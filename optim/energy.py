@@ -18,7 +18,8 @@ class Kinetic:
 
     Attributes:
         before: K as the last step left it.
-        value, slope, curvature: K after s is ``value + s slope + s²/2 curvature``.
+        value, slope, curvature: K after s is ``value + s slope + s²/2 curvature``, and the share
+            1 - s/r of ``before - value``, which is used up by r, the step at ell = 1.
     """
 
     before: float
@@ -26,9 +27,11 @@ class Kinetic:
     slope: float
     curvature: float
 
-    def after(self, s: float) -> float:
+    def after(self, s: float, r: float) -> float:
+        kept = 1 - s / r if s < r else 0.0
         # Powers of numbers overflow by an error, products do not.
-        return self.value + s * (self.slope + s / 2 * self.curvature)
+        moved = s * (self.slope + s / 2 * self.curvature)
+        return self.value + kept * (self.before - self.value) + moved
 
 
 @runtime_checkable
@@ -86,7 +89,11 @@ def _check_heavy_ball(group: dict[str, Any]) -> None:
 
 
 def _heavy_ball(base: SGD, ratios: Sequence[float], last: float) -> Kinetic:
-    """K = sum over groups of s_i/2 ‖m_i‖², where m_i <- mu m_i + g_i moves by s_i = ratio_i s."""
+    """K = sum over groups of s_i/2 ‖m_i‖² at ell = 1, where m_i <- mu m_i + g_i moves by s_i.
+
+    s_i = ratio_i s. A shorter step brings K a part of the way there, for the reason that
+    :class:`optim.rules.Lyapunov` gives.
+    """
     slope = 0.0
     for group, ratio in zip(base.param_groups, ratios, strict=True):
         _check_heavy_ball(group)

@@ -228,7 +228,7 @@ class Stepper:
         if not abs(step) * max(1.0, math.sqrt(line.squared_norm)) < _largest(trial.direction):
             return f"a step of {step:.1e} overflows the parameters' dtype"
         if checks and step > 0 and (line.slope > 0 or line.kinetic is not None):
-            step = _shortened(trial, line, step)
+            step = _shortened(trial, line, step, r)
         numbers["step"] = step
         return None
 
@@ -236,7 +236,7 @@ class Stepper:
         line, step = plan.line, plan.numbers["step"]
         self._proposer.move(step)
         if line.kinetic is not None:
-            self.energy = line.kinetic.after(step)
+            self.energy = line.kinetic.after(step, plan.numbers["r"])
         self.rule_state = plan.state
         if line.ell * step > 0:
             # A schedule that takes ell to 0 must not take the probes into the rounding.
@@ -273,12 +273,12 @@ class Stepper:
         return self.estimator.first_reach(trial, line)
 
 
-def _shortened(trial: Trial, line: Line, step: float) -> float:
+def _shortened(trial: Trial, line: Line, step: float, r: float) -> float:
     """The step, halved until the loss of its batch, or the energy, does not rise."""
     kinetic = line.kinetic or Kinetic(0.0, 0.0, 0.0, 0.0)
     allowed = line.value + kinetic.before
     for _ in range(_HALVINGS):
-        if trial.loss_after(step) + kinetic.after(step) <= allowed + trial.rounding(allowed):
+        if trial.loss_after(step) + kinetic.after(step, r) <= allowed + trial.rounding(allowed):
             break
         step /= 2
     return step

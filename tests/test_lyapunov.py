@@ -42,10 +42,15 @@ def of_inna(optimizer: Rescaled, x: nn.Parameter, closure: Callable[[], Tensor])
 
 
 def of_heavy_ball(optimizer: Rescaled, x: nn.Parameter, closure: Callable[[], Tensor]) -> float:
-    if not optimizer.state:
-        return closure().item()
-    m = optimizer.state[x]["momentum_buffer"]
-    return closure().item() + optimizer.records[-1].step / 2 * m.square().sum().item()
+    """With K <- (1 - s/r) K + s/2 ‖m‖², which is s/2 ‖m‖² where ell is 1."""
+    kinetic = optimizer.stepper.energy
+    if optimizer.state:
+        last, m = optimizer.records[-1], optimizer.state[x]["momentum_buffer"]
+        least = last.step / 2 * m.square().sum().item()
+        assert kinetic >= least * (1 - 1e-12)
+        if last.step == last.r:
+            assert kinetic == pytest.approx(least)
+    return closure().item() + kinetic
 
 
 METHODS = {
@@ -87,20 +92,44 @@ def test_the_loss_itself_may_rise(method: str) -> None:
     assert losses != sorted(losses, reverse=True)
 
 
+@pytest.mark.parametrize("method", ["INNA", "heavy ball"])
 @given(seed=st.integers(0, 50))
-def test_ell_one_half_is_the_best_step_for_inna(seed: int) -> None:
+def test_ell_one_half_is_the_best_step(method: str, seed: int) -> None:
+    make, energy = METHODS[method]
     ends = []
     for ell in (0.5, 0.49, 0.51):
         x, closure = quadratic(seed)
-        base = INNA([x], alpha=0.5, beta=8.0)
-        optimizer = Rescaled(base, rule=Lyapunov(beta3=0.0), ell=0.5, checked=0)
+        optimizer = Rescaled(make([x]), rule=Lyapunov(beta3=0.0), ell=0.5, checked=0)
         for _ in range(3):
             optimizer.step(closure)
         optimizer.param_groups[0]["lr"] = ell
         optimizer.step(closure)
-        ends.append(of_inna(optimizer, x, closure))
+        ends.append(energy(optimizer, x, closure))
     assert ends[0] < ends[1]
     assert ends[0] < ends[2]
+
+
+@given(seed=st.integers(0, 50), ell=st.sampled_from([0.1, 0.5, 0.9]))
+def test_heavy_balls_energy_falls_by_what_ell_says(seed: int, ell: float) -> None:
+    x, closure = quadratic(seed)
+    base = torch.optim.SGD([x], momentum=0.9)
+    optimizer = Rescaled(base, rule=Lyapunov(beta3=0.0), ell=ell, checked=0)
+    for _ in range(10):
+        optimizer.step(closure)
+        last = optimizer.records[-1]
+        fallen = ell * (1 - ell) * last.r**2 * last.curvature / 2
+        after = closure().item() + optimizer.stepper.energy
+        assert after == pytest.approx(last.energy - fallen, rel=1e-9)
+
+
+@pytest.mark.parametrize("ell", [0.1, 0.5])
+def test_ell_is_a_factor_that_does_not_compound(ell: float) -> None:
+    x = nn.Parameter(torch.ones(2, dtype=F64))
+    sizes = torch.tensor([1.0, 0.01], dtype=F64)
+    optimizer = Rescaled(torch.optim.SGD([x], momentum=0.9), rule=Lyapunov(), ell=ell)
+    for _ in range(400):
+        optimizer.step(lambda: (sizes * x * x).sum())
+    assert optimizer.records[-1].value < 1e-8
 
 
 def test_innaprops_energy_is_in_the_norm_of_its_preconditioner() -> None:

@@ -23,11 +23,15 @@ class Lyapunov(Lipschitz):
         r = the positive root,   d = v + beta P^-1 g
 
     The bracket of s is a positive form in (P^-1/2 g, P^1/2 v) whenever alpha beta > 0, so that
-    there is always a step, also where J must rise; E is least at ell = 1/2 and as before at
-    ell = 1. For heavy-ball momentum, m <- mu m + g and theta <- theta - s m, with
-    K = s/2 ‖m‖²::
+    there is always a step, also where J must rise. For heavy-ball momentum, m <- mu m + g and
+    theta <- theta - s m, with s = ell r::
 
-        r = the positive root of L ‖m‖² s² - (‖g‖² - mu² ‖m_old‖²) s = s_old ‖m_old‖²
+        r = the positive root of L ‖m‖² r²/2 - (<m, g> - ‖m‖²/2) r = K_old
+        K = (1 - ell) K_old + ell r/2 ‖m‖²,   at least s/2 ‖m‖²
+
+    With C the factor of s²/2, for heavy ball L ‖m‖², both have E - E_old = -ell (1 - ell) r² C/2,
+    least at ell = 1/2 and 0 at ell = 1. Were K just s/2 ‖m‖² after a step s < r, it would waste
+    energy of which the next r is made, and steps would shrink by ell again and again.
 
     L is that of :class:`Lipschitz`. With a fixed P, a deterministic loss and J quadratic, E never
     rises at ell <= 1; where J is not, ``checked`` steps of the wrapper are halved until E does
