@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+import curvature
 from curvature.sweep import Sweep
 from optim import GeN, INNAprop, Rescaled
 from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
@@ -219,3 +220,52 @@ def test_all_ranks_take_the_step_of_the_joined_batch(size: int, tmp_path: Path) 
                     assert getattr(a, field) == value, (name, how, field)
         for what in ("params", "grads"):
             torch.testing.assert_close(found[what], expected[what], rtol=1e-6, atol=1e-9)
+
+
+class Named(nn.Module):
+    """Gives what is no tensor, and tensors that do not move, among its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make_model()
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"name": "x", "x": x, "scores": self.model(x), "weight": self.model[0].weight}
+
+
+def kinds_worker(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+    )
+    end = sum(PARTS[size][: rank + 1])
+    rows = slice(end - PARTS[size][rank], end)
+    found = {}
+    for how in ("plain", "static_graph", "find_unused_parameters"):
+        options = {} if how == "plain" else {how: True}
+        for name in ("jet", "tangent pass"):
+            model = DistributedDataParallel(make_model(), **options)
+            optimizer = OPTIMIZERS[name](model, process_group=distributed.group.WORLD)
+            found[name, how] = train(model, optimizer, rows, "one")
+        model = DistributedDataParallel(Named(), **options)
+        with curvature.Tape() as tape:
+            loss = model(batch(0)[0])["scores"].square().sum()
+        found["product", how] = tape.hvp(tape.backward(loss, list(model.parameters())))
+    if rank == 0:
+        torch.save(found, f"{folder}/found")
+    distributed.destroy_process_group()
+
+
+def test_kinds_of_parallel_modules(tmp_path: Path) -> None:
+    """All of DistributedDataParallel's work alike."""
+    multiprocessing.spawn(kinds_worker, (2, str(tmp_path)), nprocs=2)
+    found = torch.load(tmp_path / "found", weights_only=False)
+    for (name, how), got in found.items():
+        plain = found[name, "plain"]
+        if name == "product":
+            torch.testing.assert_close(got, plain)
+            continue
+        assert [r.step for r in got["records"]] == pytest.approx(
+            [r.step for r in plain["records"]], rel=1e-9
+        ), (name, how)
+        torch.testing.assert_close(got["params"], plain["params"])

@@ -248,3 +248,26 @@ register("StackBackward0", _Joined(_stack))
 @linear("UnbindBackward0")
 def _unbind(call: Call, x: Tensor) -> tuple[Tensor, ...]:
     return x.unbind(call.dim)
+
+
+class _Sink(Linear):
+    """What hands on the outputs of a model in ``DistributedDataParallel``.
+
+    Its backward pass, which would have to serve without this rule, works inside autograd alone.
+    """
+
+    def of(self, call: Call) -> Rule | None:
+        # By its name, since builds without torch.distributed lack the class.
+        module = "torch.nn.parallel.distributed"
+        return self if getattr(call.function, "__module__", None) == module else None
+
+
+def _sink(call: Call, *dots: Tensor | None) -> tuple[Tensor | None, ...]:
+    parents = [parent for parent, _ in call.node.next_functions]
+    rest = iter([dot for dot, parent in zip(dots, parents, strict=True) if parent is not None])
+    # The model may give what is no tensor too.
+    needed = call.node.needs_input_grad[1:]  # type: ignore[attr-defined]
+    return tuple(next(rest) if need else None for need in needed)
+
+
+register("_DDPSinkBackward", _Sink(_sink))
