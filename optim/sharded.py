@@ -33,10 +33,19 @@ def sum_of_parts(number: float, like: Any) -> float:
 def check_sharding(params: Sequence[Tensor], *, several: bool, exact: str | None) -> None:
     """Refuse what cannot be sharded, or not in this way.
 
+    On every process alike, so that none waits for another.
+
     Args:
         several: whether a group of several processes was given.
         exact: the estimator, if it needs the graph of the whole parameters.
     """
+    if any(map(_is_flattened, params)):
+        raise TypeError(
+            "the parameters are those of a FullyShardedDataParallel, which keeps them flat in one "
+            "and cannot be used: shard the model by torch.distributed.fsdp.fully_shard instead "
+            "(PyTorch 2.6), and take GeN or one of the estimators Secant, Probes and "
+            "GradientDifferences"
+        )
     for p in (p for p in params if is_sharded(p)):
         if exact is not None:
             raise TypeError(
@@ -50,6 +59,11 @@ def check_sharding(params: Sequence[Tensor], *, several: bool, exact: str | None
                 "the parameters are sharded over several processes: give the group of these as "
                 "process_group"
             )
+
+
+def _is_flattened(tensor: Tensor) -> bool:
+    """Whether ``FullyShardedDataParallel`` has made it, or what it was made of."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -238,6 +239,7 @@ def kinds_worker(rank: int, size: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
     )
+    refusals_of_flattened_parameters()
     end = sum(PARTS[size][: rank + 1])
     rows = slice(end - PARTS[size][rank], end)
     found = {}
@@ -256,8 +258,20 @@ def kinds_worker(rank: int, size: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+def refusals_of_flattened_parameters() -> None:
+    for original in (False, True):
+        model = FullyShardedDataParallel(
+            make_model(), use_orig_params=original, device_id=torch.device("cpu")
+        )
+        for wrap in (Rescaled, GeN):
+            base = torch.optim.SGD(model.parameters(), lr=0.125)
+            with pytest.raises(TypeError, match="a FullyShardedDataParallel, which keeps"):
+                wrap(base, process_group=distributed.group.WORLD)
+            assert base.param_groups[0]["lr"] == 0.125
+
+
 def test_kinds_of_parallel_modules(tmp_path: Path) -> None:
-    """All of DistributedDataParallel's work alike."""
+    """All of DistributedDataParallel's work alike, and the flat parameters are refused."""
     multiprocessing.spawn(kinds_worker, (2, str(tmp_path)), nprocs=2)
     found = torch.load(tmp_path / "found", weights_only=False)
     for (name, how), got in found.items():
