@@ -52,8 +52,11 @@ NOTES = """- Several processes (tests/test_data_parallel.py): `DistributedDataPa
 - Parameters on several devices are refused.
 - What `torch.compile` has made has no second derivative: a step in which `Exact` or `GaussNewton`
   take an estimate runs it uncompiled (PyTorch 2.6 or newer); with `every=8` that is one step in
-  eight. The others run it compiled in all steps but the first, and have it compiled twice, with
-  and without gradients. `inductor`, compiled functions and `model.compile()` are no different."""
+  eight. The others run it compiled in all steps, and have it compiled twice, with and without
+  gradients. An evaluation more, uncompiled, tells which modules compiled functions call: at the
+  first step, and where something was compiled since. A run that is loaded goes on bit for bit if
+  the compiler makes the same code again, which it need not after shapes have changed. `inductor`,
+  compiled functions and `model.compile()` are no different."""
 
 STEPS = 3
 

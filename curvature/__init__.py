@@ -1,6 +1,7 @@
 """Exact directional curvature of any PyTorch model."""
 
 from curvature import testing
+from curvature.compilations import compilations
 from curvature.differentiable import evaluation_mode
 from curvature.directional import directional
 from curvature.errors import NonFiniteLoss, NotTwiceDifferentiable
@@ -24,6 +25,7 @@ __all__ = [
     "RandomState",
     "SideEffects",
     "Tape",
+    "compilations",
     "directional",
     "evaluation_mode",
     "fit",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.nn.modules.module import (
 )
 
 from curvature.arguments import check_callable
+from curvature.compilations import something_compiled
 
 _Watcher = tuple[int, Callable[[nn.Module], object], Callable[[nn.Module], object]]
 _watchers: list[_Watcher] = []
@@ -53,7 +53,7 @@ def module_calls(
     check_callable("before", before)
     check_callable("after", after)
     watcher = threading.get_ident(), before, after
-    with _patched(watcher) if _something_compiled() else _hooked(watcher):
+    with _patched(watcher) if something_compiled() else _hooked(watcher):
         yield
 
 
@@ -62,14 +62,6 @@ def _is_heard(thread: int) -> bool:
     if threading.get_ident() == thread:
         return True
     return isinstance(threading.current_thread(), threading._DummyThread)
-
-
-def _something_compiled() -> bool:
-    if "torch._dynamo" not in sys.modules:
-        return False
-    # What is kept from being compiled has None for a backend here.
-    backends = getattr(torch._dynamo.eval_frame, "cached_backends", {"unknown": True})
-    return any(backend is not None for backend in backends.values())
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curvature import NonFiniteLoss
+from curvature import NonFiniteLoss, SideEffects
+from optim.again import learn_calls
 from optim.consistent import check_consistent
 from optim.direction import check_hooks, momentum, proposer
 from optim.energy import Kinetic, kinetic_of
@@ -119,14 +120,19 @@ class Stepper:
         if found.unusable is not None:
             return found.result, StepRecord(iteration, skipped=found.unusable)
         # The square must be finite too: preconditioners that hold it would never recover.
-        (squared_norm,) = batch.setting.ranks.means(found.squared_norm)
+        setting = batch.setting
+        squared_norm, behind = setting.ranks.means(found.squared_norm, setting.called.behind)
+        if behind > 0 and not (due and self.estimator.needs_graph):
+            with SideEffects(setting.called):
+                batch.effects.rewind()
+                learn_calls(batch.closures, batch.params, setting)
         overflowed = not squared_norm <= _largest(found.params)
         if overflowed:
             record = StepRecord(iteration, skipped=OVERFLOW)
         else:
             record = self._advance(iteration, batch, found, due)
         # Not before: it writes to the scale, which the graph has saved.
-        batch.setting.loss_scale.update(overflowed=overflowed)
+        setting.loss_scale.update(overflowed=overflowed)
         return found.result, record
 
     def ahead(self, iteration: int, batch: Batch) -> Plan:

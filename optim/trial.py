@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import is_
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from curvature import NonFiniteLoss, SideEffects, evaluation_mode
-from optim.autocast import forget_casts
+from curvature import NonFiniteLoss, SideEffects
+from optim.again import losses_again
 from optim.evaluation import (
     Batch,
     Closure,
@@ -27,9 +27,8 @@ from optim.evaluation import (
 )
 from optim.grads import without_grads
 from optim.inner import inner
-from optim.intercept import intercepted
 from optim.penalty import Penalty
-from optim.sharded import is_sharded, local, resharded
+from optim.sharded import is_sharded, local
 
 R = TypeVar("R", bound=Recorder)
 
@@ -91,23 +90,11 @@ class Trial:
     def loss_at(self, values: Sequence[Tensor]) -> Tensor:
         """The mean loss with other values in the parameters, by the same random numbers."""
         with self.aside(), self._moved_to(values):
-            losses = self._run_again()
+            losses = losses_again(self.batch, partial(accumulate, self.evaluation))
         shares = self.evaluation.shares
         local = sum(k * _mean(x) for k, x in zip(shares, losses, strict=True))
         (mean,) = self.means(local)
         return torch.tensor(mean + self.penalty.value(values), dtype=torch.float64)
-
-    def _run_again(self) -> list[Tensor]:
-        """The losses, without a graph unless a closure asks for one on its way to its loss."""
-        graph = self.batch.setting.differentiates
-        try:
-            return [_losses_again(c, self.evaluation, graph=graph) for c in self.batch.closures]
-        except RuntimeError as error:
-            if graph or not _lacks_graph(error):
-                raise
-        self.batch.setting.differentiates = True
-        self.batch.effects.rewind()
-        return self._run_again()
 
     def value(self) -> float:
         """The mean loss at theta."""
@@ -203,32 +190,6 @@ class Trial:
         if 1 / _MODERATE <= length <= _MODERATE:
             return self.direction, 1.0
         return list(torch._foreach_div(self.direction, length)), length
-
-
-def _losses_again(closure: Closure, known: Evaluation, *, graph: bool) -> Tensor:
-    """The losses of a closure that is run again; its gradients are those known."""
-    found: list[Tensor] = []
-
-    def called(loss: Tensor) -> None:
-        found.append(loss)
-        accumulate(known)
-
-    forget_casts()
-    with intercepted(called), evaluation_mode(graph=graph), resharded():
-        result: Tensor = closure()
-    return (found[0] if found else result).detach()
-
-
-def _lacks_graph(error: RuntimeError) -> bool:
-    """Whether a closure asked for a graph where it was run without one."""
-    return any(sign in str(error) for sign in _SIGNS)
-
-
-_SIGNS = (
-    "does not require grad",  # torch.autograd.grad
-    "that doesn't require gradient",  # Tensor.register_hook
-    "can't retain_grad",
-)
 
 
 def _mean(losses: Tensor) -> float:

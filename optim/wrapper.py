@@ -11,7 +11,8 @@ from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from curvature import SideEffects, uncompiled
+from curvature import SideEffects, compilations, uncompiled
+from optim.again import learn_calls
 from optim.ahead import Ahead, along
 from optim.apart import places
 from optim.autocast import forget_casts
@@ -236,10 +237,15 @@ class Wrapper(Optimizer):
         old_grads = [p.grad for p in params]
         due = self.stepper.due(self.iteration + 1)
         called = self._setting.called
-        # All that a step compares must be computed alike.
-        plainly = (due and self.stepper.estimator.needs_graph) or not called.known
+        called.begin()
+        plainly = due and self.stepper.estimator.needs_graph
         record = None
         try:
+            if not (plainly or called.known):
+                # A model that is compiled inside the first step is from the next one on.
+                plainly = not self._anything_compiled()
+                if not plainly:
+                    learn_calls(closures, params, self._setting)
             with uncompiled() if plainly else nullcontext(), SideEffects(called) as effects:
                 batch = Batch(closures, params, self._setting, effects)
                 result, record = self.stepper.step(self.iteration + 1, batch, due)
@@ -261,6 +267,10 @@ class Wrapper(Optimizer):
         if record.skipped is not None and not expected:
             warn(f"step {record.iteration} skipped, nothing changed: {record.skipped}")
         return result
+
+    def _anything_compiled(self) -> bool:
+        # What is evaluated on one process must be on all, which wait for each other.
+        return self._setting.ranks.means(compilations())[0] > 0
 
     def look_ahead(
         self, closure: Closure | Sequence[Closure], *, points: int = 41, reach: float = 1.5

@@ -102,6 +102,7 @@ NOTHING_TO_GET_WRONG = {
     "curvature.NotTwiceDifferentiable",
     "curvature.Quadratic",
     "curvature.RandomState",
+    "curvature.compilations",
     "curvature.evaluation_mode",
     "curvature.uncompiled",
     "optim.estimators.GradientDifferences",

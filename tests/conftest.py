@@ -1,4 +1,6 @@
-"""Fixed seeds for every test, and hypothesis without its database or clock."""
+"""Every test begins alike: seeds, nothing compiled, hypothesis without its database or clock."""
+
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,13 @@ settings.load_profile("fixed")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    # Where something was compiled a first step evaluates its closure once more.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 FAST_EXAMPLES = ("curvature/contributions.py", "curvature/extend.py", "gauss_newton", "test_readme")

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import curvature
 from curvature import NotTwiceDifferentiable, module_calls
-from curvature.module_calls import _something_compiled
+from curvature.compilations import something_compiled
 from optim import GeN, Rescaled
 from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
 
@@ -32,13 +32,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "one loss": lambda model, base: Rescaled(base, estimator=Secant()),
     "GeN": lambda model, base: GeN(base, phi=2),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Net(nn.Module):
@@ -192,7 +185,7 @@ def test_calls_are_heard_and_what_is_heard_changes_nothing(
 ) -> None:
     """By hooks, which could replace inputs and outputs by what they return, and without."""
     module = sys.modules["curvature.module_calls"]
-    monkeypatch.setattr(module, "_something_compiled", lambda: compiled)
+    monkeypatch.setattr(module, "something_compiled", lambda: compiled)
     net = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
     x, heard = torch.ones(1, 2), []
     plain = net(x)
@@ -212,9 +205,9 @@ def test_calls_are_heard_and_what_is_heard_changes_nothing(
 def test_hooks_serve_until_something_is_compiled() -> None:
     problem = Problem("GeN", "plain")
     problem.optimizer.step(problem.losses)  # which is itself kept from being compiled
-    assert not _something_compiled()
+    assert not something_compiled()
     torch.compile(nn.Linear(2, 2), backend="eager")
-    assert _something_compiled()
+    assert something_compiled()
 
 
 def conditional(w: Tensor) -> Tensor:
@@ -244,3 +237,65 @@ def test_control_flow_keeps_its_gradient_and_has_no_second(
     for engine in ("auto", "reference"):
         with pytest.raises(NotTwiceDifferentiable, match="no right second derivative"):
             curvature.directional(loss, w, w.detach(), engine=engine)
+
+
+@pytest.mark.parametrize("optimizer", ["losses", "GeN"])
+def test_a_compiled_function_that_is_called_later_hides_no_buffers(optimizer: str) -> None:
+    problem, other = Problem(optimizer, "plain"), Net().to(F64)
+    first = torch.compile(problem.losses, backend="aot_eager")
+    later = torch.compile(lambda: other(problem.x).square().mean(), backend="aot_eager")
+    for _ in range(3):
+        problem.optimizer.step(first)
+    for k in range(3):
+        problem.optimizer.step(lambda: first() + later())
+        assert other.norm.num_batches_tracked == k + 1
+    assert problem.net.norm.num_batches_tracked == 6
+
+
+def test_a_first_step_that_is_skipped_takes_back_what_a_compiled_function_did() -> None:
+    problem = Problem("GeN", "plain")
+    losses = torch.compile(lambda: problem.losses() * torch.nan, backend="aot_eager")
+    before = copy.deepcopy(problem.net.state_dict())
+    with pytest.warns(RuntimeWarning, match="nothing changed"):
+        problem.optimizer.step(losses)
+    torch.testing.assert_close(problem.net.state_dict(), before, rtol=0, atol=0)
+
+
+def rounding(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+    """A compiler whose code rounds otherwise than what it was made of, and visibly so."""
+    return lambda *args: [out * 1.001 for out in module(*args)]
+
+
+@pytest.mark.parametrize("optimizer", ["gradients", "lazy", "GeN"])
+def test_a_compiled_run_goes_on_bit_for_bit(optimizer: str) -> None:
+    runs = [Problem(optimizer, "plain") for _ in range(2)]
+    for run in runs:
+        run.net.norm.eval()
+        run.model = torch.compile(run.net, backend=rounding)
+    torch.manual_seed(0)
+    runs[0].train(5)
+    saved = copy.deepcopy((runs[0].net.state_dict(), runs[0].optimizer.state_dict()))
+    runs[1].net.load_state_dict(saved[0])
+    runs[1].optimizer.load_state_dict(saved[1])
+    for run in runs:
+        torch.manual_seed(1)
+        run.train(3)
+    torch.testing.assert_close(runs[1].net.state_dict(), runs[0].net.state_dict(), rtol=0, atol=0)
+
+
+def clipped(problem: Problem, losses: Callable[[], Tensor]) -> Tensor:
+    problem.optimizer.zero_grad()
+    loss = losses().mean()
+    loss.backward()
+    nn.utils.clip_grad_norm_(problem.net.parameters(), 0.1)
+    return loss
+
+
+def test_closures_that_call_backward_may_use_compiled_functions() -> None:
+    plain, compiled = Problem("GeN", "plain"), Problem("GeN", "plain")
+    losses = torch.compile(compiled.losses, backend="aot_eager")
+    for problem, function in ((plain, plain.losses), (compiled, losses)):
+        torch.manual_seed(0)
+        for _ in range(4):
+            problem.optimizer.step(lambda p=problem, f=function: clipped(p, f))
+    torch.testing.assert_close(compiled.net.state_dict(), plain.net.state_dict())
