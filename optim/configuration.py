@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from optim.portable import entry_of
+
 Shapes = list[list[list[int]]]
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -50,7 +52,16 @@ def checked_entry(
     lacking = {"state", "param_groups"} - state_dict.keys()
     if lacking:
         raise ValueError(f"this is no state_dict of an optimizer: it lacks {sorted(lacking)}")
-    entry = state_dict.get("wrapper", {"kind": "an optimizer that is not wrapped"})
+    groups = state_dict["param_groups"]
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise ValueError("the state_dict's 'param_groups' is no list of dictionaries")
+    entry = entry_of(state_dict)
+    if entry is None:
+        raise ValueError(
+            "the state_dict has no entry 'wrapper': it was saved by an optimizer that is not "
+            "wrapped, or went through what drops that entry, as flatten_optimizer_state_dict of "
+            "torch.distributed.checkpoint does; save what this optimizer's state_dict() gives"
+        )
     if not isinstance(entry, dict):
         raise ValueError(f"the state_dict's 'wrapper' is a {type(entry).__name__}")
     kind = configuration["kind"]

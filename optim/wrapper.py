@@ -23,6 +23,7 @@ from optim.evaluation import Batch, Closure, Setting
 from optim.grads import LeftGrads, without_grads
 from optim.groups import check_options, check_rate, check_together, check_wrappable
 from optim.loss_scale import LossScale
+from optim.portable import asks_for_state, with_entry, without_entry
 from optim.ranges import check_count, check_kind, check_param_group, check_positive
 from optim.ranks import Ranks
 from optim.record import Records
@@ -230,6 +231,9 @@ class Wrapper(Optimizer):
             >>> x.detach()
             tensor([0., 0.])
         """
+        if closure is None and asks_for_state(self.param_groups):
+            # As torch.distributed.checkpoint, before it loads into a new optimizer.
+            return self.base.step()
         closures = _closures(closure, f"{type(self).__name__}.step")
         params = self._checked_params()
         # At once: while they are held, the pass to come needs as much memory again.
@@ -337,6 +341,9 @@ class Wrapper(Optimizer):
         ``torch.load`` reads it with ``weights_only=True``. In its groups ``lr`` is ell, which an
         optimizer that is not wrapped would take for a rate of 0.95. Its tensors are those in use,
         as with torch's own: ``copy.deepcopy`` it to keep it in memory. ``records`` are not in it.
+        The first group holds the wrapper's numbers too, as text: ``get_state_dict`` and
+        ``set_state_dict`` of ``torch.distributed.checkpoint`` keep nothing beside the groups (and
+        by ``flatten_optimizer_state_dict`` lose that too, which is then refused).
         examples/checkpoint.py saves and continues a run.
 
         Example:
@@ -349,7 +356,7 @@ class Wrapper(Optimizer):
             >>> optimizer.load_state_dict(saved)
         """
         own = {**self._configuration(), **self._own_state()}
-        return {**self.base.state_dict(), "wrapper": own}
+        return with_entry(self.base.state_dict(), own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where the wrapper that gave ``state_dict`` stood.
@@ -363,7 +370,7 @@ class Wrapper(Optimizer):
         Example: see :meth:`state_dict`.
         """
         own = checked_entry(state_dict, self._configuration(), self._own_state())
-        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "wrapper"})
+        self.base.load_state_dict(without_entry(state_dict))
         self.iteration, self.skipped = own["iteration"], own["skipped"]
         self._setting.loss_scale.steady = own["steady"]
         self.stepper.load(own)

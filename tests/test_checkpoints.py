@@ -14,6 +14,13 @@ import torch
 from agreement import assert_identical, fast_only
 from checkpoint_runs import RUNS, main
 from torch import nn
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.optim import SGD, Adam, AdamW
 
 from optim import INNA, GeN, INNAprop, Rescaled, gen_published, schedules
@@ -189,12 +196,14 @@ def test_what_is_torn_or_no_checkpoint_is_refused() -> None:
         ({"optimizer": saved}, r"it lacks \['param_groups', 'state'\]"),
         (without("state"), r"it lacks \['state'\]"),
         (without("param_groups"), r"it lacks \['param_groups'\]"),
-        (without("wrapper"), "by an optimizer that is not wrapped, this is Rescaled"),
-        ({**saved, "wrapper": None}, "'wrapper' is a NoneType"),
+        (optimizer.base.state_dict(), "saved by an optimizer that is not wrapped, or went through"),
+        ({**saved, "wrapper": None}, "has no entry 'wrapper'"),
+        ({**saved, "wrapper": 3}, "'wrapper' is a int"),
         ({**saved, "wrapper": {}}, r"lacks or adds \['base', .*, 'kind'"),
         ({**saved, "wrapper": {**own, "beta3": 0.5}}, r"lacks or adds \['beta3'\]"),
         ({**saved, "state": few}, "has a state for 3 parameters, saved were 4"),
         ({**saved, "param_groups": saved["param_groups"] * 2}, "number of parameter groups"),
+        ({**saved, "param_groups": saved["param_groups"][0]}, "is no list of dictionaries"),
     ):
         refused(model, optimizer, bad, message)
     optimizer.load_state_dict(saved)
@@ -296,3 +305,60 @@ def test_schedules_with_numbers_of_numpy_leave_plain_ones(schedule: Callable[...
         optimizer.step()
         scheduler.step()
         assert type(optimizer.param_groups[0]["lr"]) is float
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("how", ["GeN", "INNAprop"])
+def test_torchs_distributed_checkpoints_keep_it_all(how: str, full: bool, tmp_path: Path) -> None:
+    """Which know groups and states alone, and load into what is there already."""
+    make = {
+        "GeN": lambda m: GeN(AdamW([{"params": [p]} for p in m.parameters()])),
+        "INNAprop": lambda m: Rescaled(INNAprop(m.parameters())),
+    }[how]
+    options = StateDictOptions(full_state_dict=full)
+    model, optimizer = trained(make)
+
+    def parts(model: Any, optimizer: Any) -> dict[str, Any]:
+        names = ("model", "optimizer")
+        return dict(zip(names, get_state_dict(model, optimizer, options=options), strict=True))
+
+    save(parts(model, optimizer), checkpoint_id=tmp_path)
+    loaded = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    fresh = make(loaded)
+    found = parts(loaded, fresh)
+    assert fresh.iteration == 0
+    load(found, checkpoint_id=tmp_path)
+    set_state_dict(
+        loaded,
+        fresh,
+        model_state_dict=found["model"],
+        optim_state_dict=found["optimizer"],
+        options=options,
+    )
+    assert fresh.state_dict()["wrapper"] == optimizer.state_dict()["wrapper"]
+    x = torch.randn(8, 4)
+    for net, wrapper in ((model, optimizer), (loaded, fresh)):
+        for _ in range(3):
+            wrapper.step(lambda net=net: net(x).square().sum(1))
+    assert_identical(loaded.state_dict(), model.state_dict())
+    assert_identical(dict(fresh.state_dict()["state"]), dict(optimizer.state_dict()["state"]))
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    _, without = get_state_dict(model, optimizer, options=flat)
+    with pytest.raises(ValueError, match="went through what drops that entry, as flatten_opt"):
+        set_optimizer_state_dict(loaded, fresh, without, options=flat)
+
+
+def test_a_step_without_closure_is_refused_unless_it_makes_the_state() -> None:
+    x = nn.Parameter(torch.ones(2))
+    optimizer = GeN(AdamW([x]))
+    for rate, gradient in ((0.0, None), (0.0, torch.ones(2)), (0.95, torch.zeros(2))):
+        optimizer.param_groups[0]["lr"], x.grad = rate, gradient
+        with pytest.raises(TypeError, match="step needs a closure"):
+            optimizer.step()
+        assert not optimizer.state
+    optimizer.param_groups[0]["lr"], x.grad = 0.0, torch.zeros(2)
+    optimizer.step()
+    assert optimizer.state[x]["step"] == 1
+    assert optimizer.iteration == 0
+    assert torch.equal(x.detach(), torch.ones(2))

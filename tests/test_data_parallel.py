@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F  # noqa: N812
@@ -240,6 +242,8 @@ def kinds_worker(rank: int, size: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
     )
     refusals_of_flattened_parameters()
+    if fully_shard is not None:
+        continued_shards(folder)
     end = sum(PARTS[size][: rank + 1])
     rows = slice(end - PARTS[size][rank], end)
     found = {}
@@ -258,6 +262,28 @@ def kinds_worker(rank: int, size: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+def continued_shards(folder: str) -> None:
+    """A run that goes on from torch's distributed checkpoint is that which was not stopped."""
+    ends = []
+    for stopped in (False, True):
+        model = shard(make_model(), nested=True)
+        make = lambda m: OPTIMIZERS["GeN"](m, process_group=distributed.group.WORLD)  # noqa: E731
+        optimizer = make(model)
+        train(model, optimizer, slice(None), "one")
+        if stopped:
+            model_state, state = get_state_dict(model, optimizer)
+            saved = {"model": model_state, "optimizer": state}
+            checkpoint.save(saved, checkpoint_id=f"{folder}/checkpoint")
+            model = shard(make_model(), nested=True)
+            optimizer = make(model)
+            saved["model"], saved["optimizer"] = get_state_dict(model, optimizer)
+            checkpoint.load(saved, checkpoint_id=f"{folder}/checkpoint")
+            model_state, state = saved["model"], saved["optimizer"]
+            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=state)
+        ends.append(train(model, optimizer, slice(None), "one")["params"])
+    assert torch.equal(*ends)
+
+
 def refusals_of_flattened_parameters() -> None:
     for original in (False, True):
         model = FullyShardedDataParallel(
@@ -271,7 +297,7 @@ def refusals_of_flattened_parameters() -> None:
 
 
 def test_kinds_of_parallel_modules(tmp_path: Path) -> None:
-    """All of DistributedDataParallel's work alike, and the flat parameters are refused."""
+    """All of DistributedDataParallel's work alike, shards go on, flat parameters are refused."""
     multiprocessing.spawn(kinds_worker, (2, str(tmp_path)), nprocs=2)
     found = torch.load(tmp_path / "found", weights_only=False)
     for (name, how), got in found.items():
