@@ -5,6 +5,7 @@ A second run is given the same without the faults, saves, loads and copies: it m
 
 import copy
 import io
+import json
 import math
 import pickle
 import random
@@ -346,6 +347,8 @@ class Machine(RuleBasedStateMachine):
             if found.skipped == BAD_PROBE:
                 own["rule_state"] = optimizer.stepper.rule.after_bad_probe(own["rule_state"])
                 own["length"] = optimizer.stepper.length  # to the next probe
+            # The first group holds the same as text.
+            before[2]["param_groups"][0]["wrapper"] = json.dumps(own)
             twin = self.twin.optimizer
             twin.iteration, twin.skipped = own["iteration"], own["skipped"]
             twin.stepper.rule_state = dict(own["rule_state"])

@@ -36,11 +36,12 @@ def nodes_of(output: Tensor) -> set[str]:
 
 SINGLE_PRECISION = {"MkldnnRnnLayerBackward0"}
 GRADIENTS = {"NativeLayerNormBackwardBackward0", "NativeBatchNormBackwardBackward0"}
+SEVERAL_PROCESSES = {"_DDPSinkBackward"}  # tests/test_data_parallel.py
 IN_TAPES_ALONE = {WeightNorm}  # in place of WeightNormInterfaceBackward0
 
 
 def test_every_rule_is_sampled() -> None:
-    elsewhere = SINGLE_PRECISION | GRADIENTS | IN_TAPES_ALONE
+    elsewhere = SINGLE_PRECISION | GRADIENTS | SEVERAL_PROCESSES | IN_TAPES_ALONE
     assert set(table.registered()) == SAMPLES.keys() | elsewhere
 
 
