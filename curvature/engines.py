@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from curvature.errors import NotTwiceDifferentiable
 from curvature.forward import Forward
@@ -86,6 +87,20 @@ class Engines:
                     return question(self._reference)
                 except NotTwiceDifferentiable:
                     raise refusal from None
+
+    def gauss_newton(
+        self, direction: Sequence[Tensor], outputs: Sequence[Tensor | GradientEdge]
+    ) -> Quadratic:
+        """The sweep's answer; double backward has none.
+
+        Raises:
+            NotTwiceDifferentiable: what the sweep has refused.
+            ValueError: there is none.
+        """
+        if self.sweep is None:
+            raise self.refusal or ValueError("the reference has no Gauss-Newton curvature")
+        with parameter_hooks_off(self.params.leaves):
+            return self.sweep.gauss_newton(direction, outputs)
 
     def directional(self, direction: list[Tensor], *, per_sample: bool, again: bool) -> Quadratic:
         """Slope and curvature; with ``again`` by the other engine where they are not finite.

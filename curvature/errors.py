@@ -30,6 +30,11 @@ class NotTwiceDifferentiable(RuntimeError):
     """
 
 
+def tells_that_the_graph_is_gone(error: RuntimeError) -> bool:
+    """Whether PyTorch's error means that a backward pass has freed the graph."""
+    return "backward through the graph a second time" in str(error)
+
+
 def tells_no_second_derivative(error: RuntimeError) -> bool:
     """Whether PyTorch's error means that an operation has no further derivative."""
     return any(sign in str(error) for sign in _SIGNS)

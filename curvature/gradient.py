@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature.differentiable import derivative_mode
-from curvature.errors import NonFiniteLoss
+from curvature.errors import NonFiniteLoss, tells_that_the_graph_is_gone
 from curvature.losses import check_losses, describe_non_finite, is_finite
 from curvature.trees import Flat, flatten_params
 
@@ -65,7 +65,7 @@ def gradients(
                     )
                 )
     except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
+        if not tells_that_the_graph_is_gone(error):
             raise
         raise ValueError(
             "the graph of the loss is gone: return the loss without calling backward on it"

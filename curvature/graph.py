@@ -59,8 +59,7 @@ class Call:
             raise AttributeError(name)
         if self.is_python:
             return _without_graph(getattr(self.node, name))
-        value = getattr(self.node, "_saved_" + name)
-        return _without_graph(value) if type(value) is Tensor else _signed(_without_graph(value))
+        return _signed(_without_graph(getattr(self.node, "_saved_" + name)))
 
     def __repr__(self) -> str:
         return f"Call({self.name})"

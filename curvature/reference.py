@@ -71,7 +71,7 @@ class DoubleBackward:
             slope = _inner(self._gradient, vector, like=self._weights)
             product = self._differentiate_if_moving(slope, self._params)
         return [
-            torch.zeros_like(p) if h is None else h if h.layout == torch.strided else h.to_dense()
+            torch.zeros_like(p) if h is None else h.to_dense()
             for h, p in zip(product, self._params, strict=True)
         ]
 

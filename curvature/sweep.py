@@ -246,7 +246,7 @@ class Sweep:
                     cots.pop(done, None)
             for edge, cot in zip(call.inputs, changes, strict=True):
                 if edge is not None and cot is not None:
-                    dense = cot if cot.layout == torch.strided else cot.to_dense()
+                    dense = cot.to_dense()
                     cots[edge] = dense if edge not in cots else cots[edge] + dense
         self.cotangents.rest()
         return [

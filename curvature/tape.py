@@ -14,9 +14,10 @@ from torch.autograd.graph import GradientEdge
 from curvature.allocation import large_blocks_apart
 from curvature.differentiable import derivative_mode, twice_differentiable
 from curvature.engines import Engines
+from curvature.errors import tells_that_the_graph_is_gone
 from curvature.forward import Forward
 from curvature.gradient import check_differentiable, gradients
-from curvature.hooks import check_slope, parameter_hooks_off
+from curvature.hooks import check_slope
 from curvature.nested import NestedDerivatives
 from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
@@ -208,7 +209,7 @@ class Tape:
                 'use reduction="none" and leave the mean to this package'
             )
         leaves = flatten_direction(direction, engines.params)
-        with self._deriving(engines.losses):
+        with self._asking(engines):
             q = engines.directional(leaves, per_sample=per_sample, again=not self._low_memory)
         if self._hooked_gradient is not None and engines.sweep is not None:
             exact = engines.sweep.in_double()
@@ -256,11 +257,8 @@ class Tape:
             raise TypeError(
                 "outputs must be tensors with a graph: what the model returned inside the block"
             )
-        sweep = engines.sweep
-        if sweep is None:
-            raise engines.refusal or ValueError("the reference has no Gauss-Newton curvature")
-        with self._deriving(engines.losses), parameter_hooks_off(engines.params.leaves):
-            return sweep.gauss_newton(leaves, given)
+        with self._asking(engines):
+            return engines.gauss_newton(leaves, given)
 
     def hvp(self, vector: Any) -> Any:
         """The Hessian-vector product H v of the mean loss, a pytree like params.
@@ -280,7 +278,7 @@ class Tape:
         """
         engines = self._answering()
         leaves = flatten_direction(vector, engines.params, argument="vector")
-        with self._deriving(engines.losses):
+        with self._asking(engines):
             return engines.params.rebuild(engines.ask(lambda engine: engine.hvp(leaves)))
 
     def _answering(self) -> Engines:
@@ -289,10 +287,23 @@ class Tape:
         return self._engines
 
     @contextmanager
+    def _asking(self, engines: Engines) -> Iterator[None]:
+        try:
+            with self._deriving(engines.losses):
+                yield
+        except RuntimeError as error:
+            written = "modified by an inplace operation" in str(error)
+            if not (written or tells_that_the_graph_is_gone(error)):
+                raise
+            raise RuntimeError(
+                "what the graph saved has been written to or freed since: ask a tape before the "
+                f"optimizer's step, and before a backward() of your own. {error}"
+            ) from error
+
+    @contextmanager
     def _deriving(self, losses: Tensor) -> Iterator[None]:
         # What checkpointing evaluates again must take the same variants as in the forward pass.
         with (
-            _saying_when(),
             uncompiled(),
             self._allocation(),
             self._reevaluation.compared(),
@@ -301,19 +312,3 @@ class Tape:
             nullcontext() if self._forward is None else self._forward.evaluated_again(),
         ):
             yield
-
-
-@contextmanager
-def _saying_when() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in _TOO_LATE):
-            raise
-        raise RuntimeError(
-            "what the graph saved has been written to or freed since: ask a tape before the "
-            f"optimizer's step, and before a backward() of your own. {error}"
-        ) from error
-
-
-_TOO_LATE = ("modified by an inplace operation", "Trying to backward through the graph a second")
