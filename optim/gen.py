@@ -33,8 +33,8 @@ class GeN(Wrapper):
     eta differ by rounding alone, which is fitted as if it were curvature. Here the first length
     is searched, rounding counts as no curvature, a length grows up to four times at an estimate
     and no farther than was looked, the slope of a direction with momentum is bounded by its
-    average, a rising loss makes steps shorter, and the first steps are checked:
-    :class:`optim.estimators.Secant`, :class:`optim.rules.Trust`.
+    average, steps are shorter where they overshoot nearly every new batch, and the first are
+    checked: :class:`optim.estimators.Secant`, :class:`optim.rules.Trust`.
 
     ``group["lr"]`` is ell, for torch's schedulers: ``schedules.cooldown`` for a known number of
     steps, or ``LinearLR(optimizer, 1, 0, steps)``, the horizon factor of the paper's appendix

@@ -10,17 +10,24 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from optim.sharded import local
 
 _KEY = "wrapper"
 
 
-def with_entry(state_dict: Mapping[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """A base's state_dict with the wrapper's own entry beside it, and in its first group."""
+def with_entry(
+    state_dict: Mapping[str, Any], entry: dict[str, Any], trail: Sequence[Tensor | None]
+) -> dict[str, Any]:
+    """A base's state_dict with the wrapper's own entry beside it, and in its first group.
+
+    There without the trail, of which the first steps of a run that goes on can do without.
+    """
     first, *others = state_dict["param_groups"]
     # Of a dictionary, also in a list, it may load only what there is already.
     groups = [{**first, _KEY: json.dumps(entry, default=float)}, *others]
-    return {**state_dict, "param_groups": groups, _KEY: entry}
+    return {**state_dict, "param_groups": groups, _KEY: {**entry, "trail": trail}}
 
 
 def entry_of(state_dict: Mapping[str, Any]) -> Any:
@@ -29,7 +36,11 @@ def entry_of(state_dict: Mapping[str, Any]) -> Any:
         return state_dict[_KEY]
     groups = state_dict["param_groups"]
     held = groups[0].get(_KEY) if groups else None
-    return json.loads(held) if isinstance(held, str) else None
+    if not isinstance(held, str):
+        return None
+    entry = json.loads(held)
+    params = sum(len(group["params"]) for group in groups)
+    return {**entry, "trail": [None] * params} if isinstance(entry, dict) else entry
 
 
 def without_entry(state_dict: Mapping[str, Any]) -> dict[str, Any]:

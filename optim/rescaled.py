@@ -29,9 +29,9 @@ class Rescaled(Wrapper):
     ell = 1/2 minimises the quadratic model along d and ell = 1 is the largest step that does
     not raise it (equation 11). Rescaling d by any factor leaves the iterates unchanged, except
     for the first probes of :class:`optim.estimators.Probes`. With momentum, slope and curvature
-    are bounded by what the last steps saw, and where the samples' curvatures cancel, steps are
-    shorter: see :class:`optim.rules.Cautious`. The paper's rule throughout, which averages L over
-    the steps, is ``rule=Lipschitz(), checked=0``.
+    are bounded by what the last steps saw; where the samples' curvatures cancel, and where steps
+    overshoot nearly every new batch, they are shorter: :class:`optim.rules.Cautious`. The paper's
+    rule throughout, which averages L over the steps, is ``rule=Lipschitz(), checked=0``.
 
     ``group["lr"]`` is ell: any torch scheduler drives it, though none is needed.
 

@@ -28,6 +28,7 @@ from optim.record import StepRecord
 from optim.rules import Rule
 from optim.rules.rule import State
 from optim.snapshot import Snapshot
+from optim.trail import Trail
 from optim.trial import Trial
 
 OVERFLOW = "the gradient, or its square, is NaN or infinite"
@@ -70,6 +71,7 @@ class Stepper:
         rule_state: what the rule remembers.
         length: of the last step at ell = 1, or less where a probe beyond it was NaN or infinite.
         energy: the kinetic energy that the last step left.
+        trail: the way of the last steps, where the rule needs hindsight.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Stepper:
         self.rule_state: State = {}
         self.length = 0.0
         self.energy = 0.0
+        self.trail = Trail()
         self._consistent = False  # whether the closures were seen to be so
 
     def state(self) -> dict[str, Any]:
@@ -158,9 +161,9 @@ class Stepper:
         record = None
         try:
             plan = self._plan(iteration, batch, found, due)
-            record = plan.record
-            if record.skipped is None:
+            if plan.record.skipped is None:
                 self._go(plan)
+            record = plan.record
         finally:
             if record is None or record.skipped is not None:
                 before.restore()
@@ -186,12 +189,18 @@ class Stepper:
             ell=ell,
             kinetic=kinetic,
             limit=self._proposer.limit(ratios),
+            hindsight=self._hindsight(trial),
         )
         plan = Plan(trial, line)
         why = self._choose(plan, due)
         if why is not None:
             plan.numbers["skipped"] = why
         return plan
+
+    def _hindsight(self, trial: Trial) -> float:
+        way = self.trail.along(trial.params)
+        slope = 0.0 if way is None else trial.slope_along(way)
+        return slope if math.isfinite(slope) else 0.0
 
     def _hand_over(self, batch: Batch, found: Evaluation) -> None:
         """Put the gradients into ``p.grad``, where the base looks for them."""
@@ -240,7 +249,13 @@ class Stepper:
 
     def _go(self, plan: Plan) -> None:
         line, step = plan.line, plan.numbers["step"]
+        way = {}
+        if self.rule.needs_hindsight:
+            # First, since there may be no memory for it, and d is the proposer's.
+            params, direction = plan.trial.params, plan.trial.direction
+            way = self.trail.after(params, direction, step, line.momentum)
         self._proposer.move(step)
+        self.trail.way = way
         if line.kinetic is not None:
             self.energy = line.kinetic.after(step, plan.numbers["r"])
         self.rule_state = plan.state

@@ -120,6 +120,10 @@ class Trial:
             slope, squared_norm = inner(d, g), inner(d, d)
         return slope + self.penalty.slope(self.params, d), squared_norm
 
+    def slope_along(self, way: Sequence[Tensor]) -> float:
+        """The derivative of the mean loss along another direction."""
+        return inner(way, self.evaluation.grads) + self.penalty.slope(self.params, way)
+
     def loss_after(self, step: float) -> float:
         """The mean loss at theta - step d, also if it is NaN or infinite."""
         return self.loss_at(self._after(step)).item()

@@ -29,6 +29,7 @@ from optim.ranks import Ranks
 from optim.record import Records
 from optim.rules import Rule
 from optim.stepper import OVERFLOW, Stepper
+from optim.trail import Trail
 from optim.warn import warn
 
 if TYPE_CHECKING:  # some builds of torch are without it
@@ -168,11 +169,14 @@ class Wrapper(Optimizer):
         else:
             self._left_grads.zero()
 
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _checked_params(self) -> list[Tensor]:
         """The parameters of all groups, looked at again where one is new or has moved."""
         for group in self.param_groups:
             check_options(group)
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._params()
         found = places(params)
         if found is None or found != self._places:
             check_together(self.param_groups)
@@ -356,7 +360,8 @@ class Wrapper(Optimizer):
             >>> optimizer.load_state_dict(saved)
         """
         own = {**self._configuration(), **self._own_state()}
-        return with_entry(self.base.state_dict(), own)
+        trail = self.stepper.trail.saved(self._params())
+        return with_entry(self.base.state_dict(), own, trail)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where the wrapper that gave ``state_dict`` stood.
@@ -370,7 +375,11 @@ class Wrapper(Optimizer):
         Example: see :meth:`state_dict`.
         """
         own = checked_entry(state_dict, self._configuration(), self._own_state())
+        # Hooks may give the base another order of the parameters, of which nothing is known here.
+        reordered = bool(self.base._optimizer_load_state_dict_pre_hooks)
+        way = {} if reordered else Trail.loaded(own["trail"], self._params())
         self.base.load_state_dict(without_entry(state_dict))
+        self.stepper.trail.way = way
         self.iteration, self.skipped = own["iteration"], own["skipped"]
         self._setting.loss_scale.steady = own["steady"]
         self.stepper.load(own)

@@ -86,7 +86,7 @@ FLOORS = {
             "record",
             "sharded",
         },
-        {"accumulated", "apart", "inner", "portable", "sinks", "snapshot", "weighed"},
+        {"accumulated", "apart", "inner", "portable", "sinks", "snapshot", "trail", "weighed"},
         {"configuration", "grads", "groups", "penalty", "twins"},
         {"evaluation"},
         {"again", "energy"},
@@ -101,7 +101,7 @@ FLOORS = {
             "estimators.probes",
             "estimators.secant",
             "rules.lipschitz",
-            "rules.loss_trend",
+            "rules.caution",
             "rules.slope",
         },
         {

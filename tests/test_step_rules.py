@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import fast_only
+from caution import average, caution
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,49 +22,46 @@ from optim.line import Estimate, Line
 from optim.rules import Cautious, Edge, Lipschitz, Lyapunov, Newton, RobbinsMonro, Trust
 
 F64 = torch.float64
+# slope, ‖d‖², d^T H d, magnitude, loss, hindsight
+Known = tuple[float, float, float, float, float, float]
 sizes = st.floats(1e-3, 1e3)
 
 
-def cautious(lines: list[tuple[float, float, float, float, float]], mu: float) -> list[float]:
+def cautious(lines: list[Known], mu: float) -> list[float]:
     """The docstring's equations, each sum written out over all steps so far."""
-    rs, lipschitz, q = [], 0.0, 1.0
+    qs = caution(*zip(*[(v, h) for *_, v, h in lines], strict=True))
+    rs, lipschitz = [], 0.0
     for k in range(1, len(lines) + 1):
-        slopes = [s / math.sqrt(n) for s, n, _, _, _ in lines[:k]]
-        magnitudes = [m / n for _, n, _, m, _ in lines[:k]]
-        signed = [c / n for _, n, c, _, _ in lines[:k]]
-        values = [v - lines[0][4] for *_, v in lines[:k]]
-
-        def average(values: list[float], beta: float = mu) -> float:
-            weights = beta ** np.arange(len(values))[::-1]
-            return float(weights @ values / weights.sum())
-
-        memory = max(mu, 1 / 2)
-        held = memory**2 * lipschitz
-        lipschitz = max(magnitudes[-1], average(magnitudes), held)
-        lower = max(0.0, min(slopes[-1], average(slopes)))
-        agreement = max(0.1, average(signed) / average(magnitudes))
-        q *= 1 + memory / (-10 if average(values, 0.9) > average(values, 0.98) else 20)
-        q = min(max(q, 0.03), 1.0)
+        slopes = [s / math.sqrt(n) for s, n, *_ in lines[:k]]
+        magnitudes = [m / n for _, n, _, m, *_ in lines[:k]]
+        signed = [c / n for _, n, c, *_ in lines[:k]]
+        held = max(mu, 1 / 2) ** 2 * lipschitz
+        lipschitz = max(magnitudes[-1], average(magnitudes, mu), held)
+        lower = max(0.0, min(slopes[-1], average(slopes, mu)))
+        agreement = max(0.1, average(signed, mu) / average(magnitudes, mu))
         length = math.sqrt(lines[k - 1][1])
-        rs.append((1 - mu**k) * q * 2 * lower * np.cbrt(agreement) / (length * lipschitz))
+        rs.append((1 - mu**k) * qs[k - 1] * 2 * lower * np.cbrt(agreement) / (length * lipschitz))
     return rs
 
 
 @given(
     lines=st.lists(
-        st.tuples(st.floats(-5, 5), sizes, st.floats(-1, 1), sizes, st.floats(0.5, 2)), min_size=1
+        st.tuples(
+            *(st.floats(-5, 5), sizes, st.floats(-1, 1), sizes, st.floats(0.5, 2), st.floats(-1, 1))
+        ),
+        min_size=1,
     ),
     mu=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
 )
-@example(lines=[(1.0, 1.0, 1.0, 1000.0, 1.0), (1.0, 1.0, 1.0, 1.0, 1.0)], mu=0.9)
-@example(lines=[(1.0, 1.0, 1.0, 1000.0, 1.0), (1.0, 1.0, 1.0, 1.0, 1.0)], mu=0.0)
-@example(lines=[(1.0, 1.0, 0.5, 2.0, 1.0), (-3.0, 1.0, 0.5, 2.0, 5.0)] * 4, mu=0.9)
-def test_cautious(lines: list[tuple[float, float, float, float, float]], mu: float) -> None:
+@example(lines=[(1.0, 1.0, 1.0, 1000.0, 1.0, 0.0), (1.0, 1.0, 1.0, 1.0, 1.0, 0.0)], mu=0.9)
+@example(lines=[(1.0, 1.0, 1.0, 1000.0, 1.0, 0.0), (1.0, 1.0, 1.0, 1.0, 1.0, 0.0)], mu=0.0)
+@example(lines=[(1.0, 1.0, 0.5, 2.0, 1.0, 0.0), (-3.0, 1.0, 0.5, 2.0, 5.0, -1.0)] * 4, mu=0.9)
+def test_cautious(lines: list[Known], mu: float) -> None:
     # The mean is at most the mean of absolute values.
-    lines = [(s, n, share * m, m, v) for s, n, share, m, v in lines]
+    lines = [(s, n, share * m, m, v, h) for s, n, share, m, v, h in lines]
     rule, state, found = Cautious(), {}, []
-    for k, (slope, squared_norm, curvature, magnitude, value) in enumerate(lines, start=1):
-        line = Line(k, value, slope, squared_norm, momentum=mu)
+    for k, (slope, squared_norm, curvature, magnitude, value, h) in enumerate(lines, start=1):
+        line = Line(k, value, slope, squared_norm, momentum=mu, hindsight=h)
         r, state = rule.choose(line, Estimate(slope, curvature, magnitude), state)
         found.append(r)
     assert found == pytest.approx(cautious(lines, mu), rel=1e-9, abs=1e-12)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from caution import average, caution
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,29 +18,26 @@ from optim.line import Estimate, Line
 from optim.rules import Trust
 
 F64 = torch.float64
+Known = tuple[float, float, float, float, float]  # slope, ‖d‖², magnitude, loss, hindsight
 sizes = st.floats(1e-3, 1e3)
 
 
-def average(values: list[float], beta: float) -> float:
-    weights = beta ** np.arange(len(values))[::-1]
-    return float(weights @ values / weights.sum())
-
-
 def trust(
-    lines: list[tuple[float, float, float, float]],
+    lines: list[Known],
     mu: float,
     beta3: float,
     phi: int,
     trusted: float,
 ) -> list[float]:
     """The docstring's equations, each sum written out over all steps so far."""
-    rs, q, curvatures, settled, L = [], 1.0, [], True, math.inf
-    for k, (_, squared_norm, magnitude, _) in enumerate(lines, start=1):
-        earlier = [v for *_, v in lines[: k - 1]]
+    qs = caution(*zip(*[(v, h) for *_, v, h in lines], strict=True))
+    rs, curvatures, settled, L = [], [], True, math.inf
+    for k, (_, squared_norm, magnitude, _, _) in enumerate(lines, start=1):
+        earlier = [v for *_, v, _ in lines[: k - 1]]
         surprised = k > 2 and earlier[-1] > 2 * average(earlier[:-1], 0.9)
         due = (k - 1) % phi == 0 or surprised or not settled
         settled = True
-        slopes = [s / math.sqrt(n) for s, n, _, _ in lines[:k]]
+        slopes = [s / math.sqrt(n) for s, n, *_ in lines[:k]]
         B = max(0.0, min(slopes[-1], average(slopes, mu)))
         if due:
             curvatures.append(magnitude / squared_norm)
@@ -50,27 +48,28 @@ def trust(
             trusted = max(step, trusted / 2) if step > 0 else trusted
         else:
             step = min(2 * B / L, trusted)
-        values = [v - lines[0][3] for *_, v in lines[:k]]
-        q *= 0.95 if average(values, 0.9) > average(values, 0.98) else 1.05
-        q = min(max(q, 0.03), 1.0)
-        rs.append((1 - mu**k) * q * step / math.sqrt(squared_norm))
+        rs.append((1 - mu**k) * qs[k - 1] * step / math.sqrt(squared_norm))
     return rs
 
 
 @given(
-    lines=st.lists(st.tuples(st.floats(-5, 5), sizes, sizes, st.floats(0.5, 2)), min_size=1),
+    lines=st.lists(
+        st.tuples(st.floats(-5, 5), sizes, sizes, st.floats(0.5, 2), st.floats(-1, 1)), min_size=1
+    ),
     mu=st.sampled_from([0.0, 0.5, 0.9]),
     beta3=st.sampled_from([0.0, 0.7]),
     phi=st.integers(1, 4),
 )
-@example(lines=[(1.0, 1.0, 9.0, 1.0), (1.0, 1.0, 1.0, 1.5)] * 6, mu=0.9, beta3=0.7, phi=2)
-@example(lines=[(1.0, 1.0, 1e-3, 1.0), (-1.0, 1.0, 1.0, 1.0)] * 4, mu=0.0, beta3=0.7, phi=1)
-def test_trust(
-    lines: list[tuple[float, float, float, float]], mu: float, beta3: float, phi: int
-) -> None:
+@example(
+    lines=[(1.0, 1.0, 9.0, 1.0, 0.0), (1.0, 1.0, 1.0, 1.5, -1.0)] * 6, mu=0.9, beta3=0.7, phi=2
+)
+@example(
+    lines=[(1.0, 1.0, 1e-3, 1.0, 0.0), (-1.0, 1.0, 1.0, 1.0, 1.0)] * 4, mu=0.0, beta3=0.7, phi=1
+)
+def test_trust(lines: list[Known], mu: float, beta3: float, phi: int) -> None:
     rule, state, found = Trust(beta3), {}, []
-    for k, (slope, squared_norm, magnitude, value) in enumerate(lines, start=1):
-        line = Line(k, value, slope, squared_norm, momentum=mu)
+    for k, (slope, squared_norm, magnitude, value, h) in enumerate(lines, start=1):
+        line = Line(k, value, slope, squared_norm, momentum=mu, hindsight=h)
         estimate = None
         if rule.due(k, phi, state):
             first = 0.125 / math.sqrt(squared_norm)
@@ -81,16 +80,16 @@ def test_trust(
     assert found == pytest.approx(trust(lines, mu, beta3, phi, 0.125), rel=1e-9, abs=1e-12)
 
 
-def test_caution_follows_the_loss() -> None:
-    """Down to its bound while the loss rises, back to 1 while it falls."""
+def test_caution_answers_hindsight_while_the_loss_stays() -> None:
+    """Down to its bound while batches call the steps too long, up at once, or as the loss falls."""
+    losses = [*[1.0] * 60, *[1.0] * 7, *[1.0] * 60, *np.geomspace(1, 1e-3, 300)]
+    hindsights = [*[-1.0] * 60, *[1.0] * 7, *[-1.0] * 60, *[-1.0] * 300]
     rule, state, rs = Trust(), {}, []
-    for k, value in enumerate([*np.geomspace(1, 1e3, 100), *np.geomspace(1e3, 1, 120)], start=1):
-        line = Line(k, float(value), slope=1.0, squared_norm=1.0)
+    for k, (value, h) in enumerate(zip(losses, hindsights, strict=True), start=1):
+        line = Line(k, float(value), slope=1.0, squared_norm=1.0, hindsight=h)
         r, state = rule.choose(line, Estimate(1.0, 1.0, 1.0, reach=2.0), state)
         rs.append(r)
-    assert rs[0] == pytest.approx(2)
-    assert rs[99] == pytest.approx(2 * 0.03)
-    assert rs[-1] == pytest.approx(2)
+    assert [rs[i] for i in (59, 66, 126, -1)] == pytest.approx([0.02, 2, 0.02, 2])
 
 
 def test_a_loss_that_doubles_is_measured_at_the_next_step() -> None:

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 
 from optim.line import Estimate, Line
+from optim.rules.caution import cautioned
 from optim.rules.lipschitz import newton_step
-from optim.rules.loss_trend import cautioned
 from optim.rules.rule import Rule, State
 from optim.rules.slope import lower_slope
 
 _LEAST_AGREEMENT = 0.1
-_CAUTION = 1 / 20
 _LEAST_MEMORY = 1 / 2
 
 
@@ -36,9 +35,9 @@ class Cautious(Rule):
     time that the direction remembers, and the first steps are shorter, until it has filled.
     Without momentum little is remembered: a curvature falls to a quarter a step at most. a tells
     how far the curvatures of the samples agree: where they cancel, the step is beyond what a
-    quadratic tells. q falls by m/10 at steps where the loss of the last ten is above that of the
-    last fifty, and rises by m/20 at others, within [0.03, 1]. Between estimates the step r ‖d‖ may
-    fall but not grow, since a steeper slope tells of a curvature that has grown.
+    quadratic tells. q in [0.01, 1] falls where the steps overshoot the minimum of nearly every new
+    batch (optim.rules.caution). Between estimates the step r ‖d‖ may fall but not grow, since a
+    steeper slope tells of a curvature that has grown.
 
     Found by experiment: see docs/robustness.md.
 
@@ -50,17 +49,20 @@ class Cautious(Rule):
         1.0
     """
 
+    @property
+    def needs_hindsight(self) -> bool:
+        return True
+
     def choose(
         self, line: Line, estimate: Estimate | None, state: State
     ) -> tuple[float | str, State]:
         if line.squared_norm == 0:
             return 0.0, state
-        mu, length = line.momentum, math.sqrt(line.squared_norm)
+        length = math.sqrt(line.squared_norm)
         lower, filled, state = lower_slope(line, state)
         if estimate is not None:
             state = _measured(estimate, line, state)
-        rise = max(mu, _LEAST_MEMORY) * _CAUTION
-        state = cautioned(line, state, fall=2 * rise, rise=rise)
+        state = cautioned(line, state)
         agreement = max(_LEAST_AGREEMENT, _ratio(state["signed"], state["average"]))
         reduced = filled * state["caution"] * 2 * lower * agreement ** (1 / 3)
         r = newton_step(reduced, length * state["lipschitz"])

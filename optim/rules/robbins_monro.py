@@ -55,6 +55,10 @@ class RobbinsMonro(Rule):
     def needs_kinetic(self) -> bool:
         return self.rule.needs_kinetic
 
+    @property
+    def needs_hindsight(self) -> bool:
+        return self.rule.needs_hindsight
+
     def choose(
         self, line: Line, estimate: Estimate | None, state: State
     ) -> tuple[float | str, State]:

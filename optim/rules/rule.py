@@ -20,6 +20,14 @@ class Rule(ABC):
         """Whether it needs the kinetic energy of the base optimizer."""
         return False
 
+    @property
+    def needs_hindsight(self) -> bool:
+        """Whether it needs ``line.hindsight``, which is 0 otherwise.
+
+        A rule that asks another one answers for that one too.
+        """
+        return False
+
     @abstractmethod
     def choose(
         self, line: Line, estimate: Estimate | None, state: State

@@ -6,15 +6,14 @@ import math
 from dataclasses import dataclass, replace
 
 from optim.line import Estimate, Line
+from optim.rules.caution import cautioned
 from optim.rules.lipschitz import NO_CURVATURE, Lipschitz
-from optim.rules.loss_trend import cautioned
 from optim.rules.rule import State
 from optim.rules.slope import lower_slope
 
 _GROWTH = 4.0  # of the trusted length at an estimate
 _LEAST = 0.5  # of the trusted length that an estimate leaves
 _BENT = 2.0  # times the curvature known so far: a surprise
-_CAUTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class Trust(Lipschitz):
         L = max(c, bias-corrected moving average of c with beta3),  c = |d^T H d| / ‖d‖²
         l = min(2 B / L, 4 T) at an estimate, where T becomes max(l, T / 2) if l > 0
         l = min(2 B / L, T)   between estimates
-        q falls by 5 % where the loss, averaged over the last ten steps, is above that of the
-          last fifty, and rises by 5 % where it is below; it stays within [0.03, 1]
+        q in [0.01, 1] falls where steps overshoot nearly every new batch (optim.rules.caution)
         r = (1 - mu^k) q l / ‖d‖
 
     An estimate is also taken at the step after one that asked for four times T or more than doubled
@@ -40,8 +38,7 @@ class Trust(Lipschitz):
     T is the distance at which estimators that probe take the next loss; where none is taken, the
     first step is as long as the curvature says. A parabola without curvature, or with its minimum
     far off, makes T four times as long and no more; a step that one batch wants short makes all
-    shorter until the next estimate. The loss alone tells whether
-    steps that are right for each batch are too long for all of them, and q answers.
+    shorter until the next estimate.
 
     The rule of :class:`optim.GeN`. Found by experiment: see docs/robustness.md.
 
@@ -60,6 +57,10 @@ class Trust(Lipschitz):
     """
 
     beta3: float = 0.7
+
+    @property
+    def needs_hindsight(self) -> bool:
+        return True
 
     def choose(
         self, line: Line, estimate: Estimate | None, state: State
@@ -91,7 +92,7 @@ class Trust(Lipschitz):
                 trusted = going if trusted == math.inf else max(going, _LEAST * trusted)
                 trusted = min(trusted, line.largest_r * length)
             state = {**state, "trusted": trusted, "unsettled": float(unsettled)}
-        state = cautioned(line, state, fall=_CAUTION, rise=_CAUTION)
+        state = cautioned(line, state)
         return filled * state["caution"] * going / length, state
 
     def due(self, iteration: int, every: int, state: State) -> bool:
