@@ -340,7 +340,7 @@ class Wrapper(Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's ``state_dict``, and beside it the wrapper's own numbers.
+        """The base optimizer's ``state_dict``, and beside it what the wrapper remembers.
 
         ``torch.load`` reads it with ``weights_only=True``. In its groups ``lr`` is ell, which an
         optimizer that is not wrapped would take for a rate of 0.95. Its tensors are those in use,

@@ -263,13 +263,14 @@ def kinds_worker(rank: int, size: int, folder: str) -> None:
 
 
 def continued_shards(folder: str) -> None:
-    """A run that goes on from torch's distributed checkpoint is that which was not stopped."""
+    """A run that goes on from torch's distributed checkpoint is another that forgot the trail."""
     ends = []
     for stopped in (False, True):
         model = shard(make_model(), nested=True)
         make = lambda m: OPTIMIZERS["GeN"](m, process_group=distributed.group.WORLD)  # noqa: E731
         optimizer = make(model)
         train(model, optimizer, slice(None), "one")
+        optimizer.stepper.trail.way = {}
         if stopped:
             model_state, state = get_state_dict(model, optimizer)
             saved = {"model": model_state, "optimizer": state}

@@ -347,8 +347,9 @@ class Machine(RuleBasedStateMachine):
             if found.skipped == BAD_PROBE:
                 own["rule_state"] = optimizer.stepper.rule.after_bad_probe(own["rule_state"])
                 own["length"] = optimizer.stepper.length  # to the next probe
-            # The first group holds the same as text.
-            before[2]["param_groups"][0]["wrapper"] = json.dumps(own)
+            # The first group holds the same as text, but for the trail.
+            numbers = {name: value for name, value in own.items() if name != "trail"}
+            before[2]["param_groups"][0]["wrapper"] = json.dumps(numbers)
             twin = self.twin.optimizer
             twin.iteration, twin.skipped = own["iteration"], own["skipped"]
             twin.stepper.rule_state = dict(own["rule_state"])
