@@ -67,7 +67,7 @@ def checked_entry(
     kind = configuration["kind"]
     if entry.get("kind", kind) != kind:
         raise ValueError(f"the state_dict was saved by {entry['kind']}, this is {kind}")
-    differing = entry.keys() ^ {*configuration, *others, "trail"}
+    differing = entry.keys() ^ {*configuration, *others}
     if differing:
         raise ValueError(f"the state_dict's 'wrapper' lacks or adds {sorted(differing)}")
     for name, here in configuration.items():

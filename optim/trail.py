@@ -37,12 +37,10 @@ class Trail:
         self, params: Sequence[Tensor], direction: Sequence[Tensor], step: float, mu: float
     ) -> Way:
         """What ``way`` becomes by a step of these parameters; that of others fades."""
-        known = {p: w for p in self.way if (w := self._known(p)) is not None} if mu > 0 else {}
-        way = (
-            dict(zip(known, torch._foreach_mul([*known.values()], mu), strict=True))
-            if known
-            else {}
-        )
+        known = {p: w for p in self.way if (w := self._known(p)) is not None}
+        way: Way = {}
+        if known and mu > 0:
+            way = dict(zip(known, torch._foreach_mul([*known.values()], mu), strict=True))
         again = [(way[p], d) for p, d in zip(params, direction, strict=True) if p in way]
         if again:
             torch._foreach_add_(*map(list, zip(*again, strict=True)), alpha=step)
@@ -64,9 +62,6 @@ class Trail:
     def _known(self, p: Tensor) -> Tensor | None:
         way = self.way.get(p)
         # A parameter may be converted between two steps, or be given other values.
-        known = way is not None and (way.shape, way.device, way.dtype) == (
-            p.shape,
-            p.device,
-            p.dtype,
-        )
-        return way if known else None
+        if way is None or way.shape != p.shape or (way.device, way.dtype) != (p.device, p.dtype):
+            return None
+        return way

@@ -374,7 +374,8 @@ class Wrapper(Optimizer):
 
         Example: see :meth:`state_dict`.
         """
-        own = checked_entry(state_dict, self._configuration(), self._own_state())
+        names = [*self._own_state(), "trail"]
+        own = checked_entry(state_dict, self._configuration(), names)
         # Hooks may give the base another order of the parameters, of which nothing is known here.
         reordered = bool(self.base._optimizer_load_state_dict_pre_hooks)
         way = {} if reordered else Trail.loaded(own["trail"], self._params())
