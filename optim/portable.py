@@ -10,24 +10,22 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from optim.sharded import local
 
 _KEY = "wrapper"
+_TRAIL = "trail"
 
 
-def with_entry(
-    state_dict: Mapping[str, Any], entry: dict[str, Any], trail: Sequence[Tensor | None]
-) -> dict[str, Any]:
+def with_entry(state_dict: Mapping[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     """A base's state_dict with the wrapper's own entry beside it, and in its first group.
 
-    There without the trail, of which the first steps of a run that goes on can do without.
+    There without the trail, which is tensors; the first steps of a run that goes on do without.
     """
     first, *others = state_dict["param_groups"]
+    numbers = {name: value for name, value in entry.items() if name != _TRAIL}
     # Of a dictionary, also in a list, it may load only what there is already.
-    groups = [{**first, _KEY: json.dumps(entry, default=float)}, *others]
-    return {**state_dict, "param_groups": groups, _KEY: {**entry, "trail": trail}}
+    groups = [{**first, _KEY: json.dumps(numbers, default=float)}, *others]
+    return {**state_dict, "param_groups": groups, _KEY: entry}
 
 
 def entry_of(state_dict: Mapping[str, Any]) -> Any:
@@ -40,7 +38,7 @@ def entry_of(state_dict: Mapping[str, Any]) -> Any:
         return None
     entry = json.loads(held)
     params = sum(len(group["params"]) for group in groups)
-    return {**entry, "trail": [None] * params} if isinstance(entry, dict) else entry
+    return {**entry, _TRAIL: [None] * params} if isinstance(entry, dict) else entry
 
 
 def without_entry(state_dict: Mapping[str, Any]) -> dict[str, Any]:

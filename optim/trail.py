@@ -24,7 +24,7 @@ class Trail:
 
     def along(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         """w of each parameter, zeros where it was not moved; None where none was."""
-        known = [self._known(p) for p in params]
+        known = self.saved(params)
         if all(way is None for way in known):
             return None
         return [
@@ -61,7 +61,7 @@ class Trail:
 
     def _known(self, p: Tensor) -> Tensor | None:
         way = self.way.get(p)
-        # A parameter may be converted between two steps, or be given other values.
+        # A parameter may be converted between two steps, or given another shape.
         if way is None or way.shape != p.shape or (way.device, way.dtype) != (p.device, p.dtype):
             return None
         return way

@@ -325,6 +325,7 @@ class Wrapper(Optimizer):
             "skipped": self.skipped,
             "states": len(self.base.state),
             "steady": self._setting.loss_scale.steady,
+            "trail": self.stepper.trail.saved(self._params()),
             **self.stepper.state(),
         }
 
@@ -360,8 +361,7 @@ class Wrapper(Optimizer):
             >>> optimizer.load_state_dict(saved)
         """
         own = {**self._configuration(), **self._own_state()}
-        trail = self.stepper.trail.saved(self._params())
-        return with_entry(self.base.state_dict(), own, trail)
+        return with_entry(self.base.state_dict(), own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where the wrapper that gave ``state_dict`` stood.
@@ -374,8 +374,7 @@ class Wrapper(Optimizer):
 
         Example: see :meth:`state_dict`.
         """
-        names = [*self._own_state(), "trail"]
-        own = checked_entry(state_dict, self._configuration(), names)
+        own = checked_entry(state_dict, self._configuration(), self._own_state())
         # Hooks may give the base another order of the parameters, of which nothing is known here.
         reordered = bool(self.base._optimizer_load_state_dict_pre_hooks)
         way = {} if reordered else Trail.loaded(own["trail"], self._params())
