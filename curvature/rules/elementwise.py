@@ -1,4 +1,4 @@
-"""Activations and other functions entry by entry: each line is f''(x) xdot, given ydot."""
+"""Activations and other functions entry by entry: f''(x) xdot over a factor, given ydot."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from curvature.graph import Call
 from curvature.rules.families import Elementwise
+from curvature.rules.rule import Rule
 from curvature.rules.table import elementwise, register, singular
 
 # Piecewise linear: f'' is zero wherever it exists.
@@ -46,29 +47,29 @@ def _sinc(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return math.pi**2 * torch.where(z.abs() < 0.5, near, far) * x
 
 
-@singular("LogBackward0", "Log2Backward0", "Log10Backward0")
+@singular("LogBackward0", "Log2Backward0", "Log10Backward0", factor=-1)
 def _log(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y / call.self).neg_()
+    return y / call.self
 
 
-@singular("Log1PBackward0")
+@singular("Log1PBackward0", factor=-1)
 def _log1p(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y / (call.self + 1)).neg_()
+    return y / (call.self + 1)
 
 
-@singular("SqrtBackward0")
+@singular("SqrtBackward0", factor=-0.5)
 def _sqrt(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y / call.result.square()).mul_(-0.5)
+    return y / call.result.square()
 
 
-@singular("RsqrtBackward0")
+@singular("RsqrtBackward0", factor=-1.5)
 def _rsqrt(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return call.result.square().mul_(y).mul_(-1.5)
+    return call.result.square().mul_(y)
 
 
-@singular("ReciprocalBackward0")
+@singular("ReciprocalBackward0", factor=-2)
 def _reciprocal(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y * call.result).mul_(-2)
+    return y * call.result
 
 
 @singular("PowBackward0")
@@ -79,9 +80,9 @@ def _pow(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return call.self.pow(k - 2).mul_(k * (k - 1)).mul_(x)
 
 
-@elementwise("TanhBackward0")
+@elementwise("TanhBackward0", factor=-2)
 def _tanh(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y * call.result).mul_(-2)
+    return y * call.result
 
 
 @elementwise("SigmoidBackward0")
@@ -89,24 +90,24 @@ def _sigmoid(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (call.result * -2).add_(1).mul_(y)
 
 
-@elementwise("SinBackward0")
+@elementwise("SinBackward0", factor=-1)
 def _sin(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return call.self.sin().mul_(x).neg_()
+    return call.self.sin().mul_(x)
 
 
-@elementwise("CosBackward0")
+@elementwise("CosBackward0", factor=-1)
 def _cos(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return call.self.cos().mul_(x).neg_()
+    return call.self.cos().mul_(x)
 
 
-@elementwise("TanBackward0")
+@elementwise("TanBackward0", factor=2)
 def _tan(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y * call.result).mul_(2)
+    return y * call.result
 
 
-@elementwise("AtanBackward0")
+@elementwise("AtanBackward0", factor=-2)
 def _atan(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y * call.self).mul_(-2).div_(call.self.square().add_(1))
+    return (y * call.self).div_(call.self.square().add_(1))
 
 
 @elementwise("SinhBackward0")
@@ -119,9 +120,9 @@ def _cosh(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return call.self.cosh().mul_(x)
 
 
-@elementwise("Exp2Backward0")
+@elementwise("Exp2Backward0", factor=math.log(2))
 def _exp2(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return y * math.log(2)
+    return y.clone()
 
 
 @singular("AsinBackward0", "AcosBackward0")
@@ -129,14 +130,14 @@ def _asin(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.self).div_(1 - call.self.square())
 
 
-@singular("AtanhBackward0")
+@singular("AtanhBackward0", factor=2)
 def _atanh(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y * call.self).mul_(2).div_(1 - call.self.square())
+    return (y * call.self).div_(1 - call.self.square())
 
 
-@elementwise("AsinhBackward0")
+@elementwise("AsinhBackward0", factor=-1)
 def _asinh(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y * call.self).neg_().div_(call.self.square().add_(1))
+    return (y * call.self).div_(call.self.square().add_(1))
 
 
 @singular("AcoshBackward0")
@@ -144,14 +145,14 @@ def _acosh(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return (y * call.self).div_(1 - call.self.square())
 
 
-@elementwise("ErfBackward0", "ErfcBackward0")
+@elementwise("ErfBackward0", "ErfcBackward0", factor=-2)
 def _erf(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return (y * call.self).mul_(-2)
+    return y * call.self
 
 
-@elementwise("LogSigmoidBackward0")
+@elementwise("LogSigmoidBackward0", factor=-1)
 def _logsigmoid(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    return torch.sigmoid(call.self).mul_(y).neg_()
+    return torch.sigmoid(call.self).mul_(y)
 
 
 @elementwise("EluBackward0")
@@ -182,21 +183,29 @@ def _mish(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return bend.mul_(s).mul_(1 - w * w).mul_(x)
 
 
-@elementwise("GeluBackward0")
 def _gelu(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    t = call.self
-    if call.approximate == "none":
-        # f = t Phi(t), f'' = (2 - t²) phi(t)
-        c = 1 / math.sqrt(2 * math.pi)
-        square = t * t
-        bend = torch.rsub(square, 2 * c, alpha=c)
-        return bend.mul_(square.mul_(-0.5).exp_()).mul_(x)
+    # f = t Phi(t), f'' = (2 - t²) phi(t): with u = -t²/2 that is 2 (1 + u) exp(u) / sqrt(2 pi)
+    u = torch.addcmul(call.self.new_zeros(()), call.self, call.self, value=-0.5)
+    bend = u.exp()
+    return bend.addcmul_(bend, u).mul_(x)
+
+
+def _gelu_tanh(call: Call, x: Tensor, y: Tensor) -> Tensor:
     # f = t (1 + w)/2 with w = tanh u, u = k (t + c t³), and s = u' = k (1 + 3 c t²):
     # f'' = (1 - w²) (k (1 + 6 c t²) - t w s²)
     k, c = math.sqrt(2 / math.pi), 0.044715
-    t = t.clamp(-1e3, 1e3)  # beyond, powers of it overflow, where w² is 1 anyway
+    t = call.self.clamp(-1e3, 1e3)  # beyond, powers of it overflow, where w² is 1 anyway
     square = t * t
     w = torch.rsub(square, k, alpha=-k * c).mul_(t).tanh_()
     s = torch.rsub(square, k, alpha=-3 * k * c)
     bend = torch.rsub(square, k, alpha=-6 * k * c).sub_(s.square_().mul_(t).mul_(w))
     return bend.mul_(torch.rsub(w.square_(), 1)).mul_(x)
+
+
+class _Gelu(Elementwise):
+    def of(self, call: Call) -> Rule:
+        return self if call.approximate == "none" else _GELU_TANH
+
+
+_GELU_TANH = Elementwise(_gelu_tanh)
+register("GeluBackward0", _Gelu(_gelu, factor=2 / math.sqrt(2 * math.pi)))

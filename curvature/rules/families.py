@@ -36,12 +36,15 @@ class Elementwise(Rule):
 
     Args:
         bend: f''(x) xdot, given the call, xdot and ydot = f'(x) xdot; or None where f'' is zero.
+        factor: what the bend is still to be multiplied by, which then takes no pass of its own.
     """
 
     rematerialised = True
 
-    def __init__(self, bend: Callable[[Call, Tensor, Tensor], Tensor] | None) -> None:
-        self._bend = bend
+    def __init__(
+        self, bend: Callable[[Call, Tensor, Tensor], Tensor] | None, *, factor: float = 1.0
+    ) -> None:
+        self._bend, self._factor = bend, factor
         self.linear = bend is None
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
@@ -54,7 +57,7 @@ class Elementwise(Rule):
             return (y,), (second,)
         second = torch.zeros_like(y) if second is None else second
         for rows, bend in self._bends(call, x, y):
-            second[rows].addcmul_(bend, x[rows])
+            second[rows].addcmul_(bend, x[rows], value=self._factor)
         return (y,), (second,)
 
     def adjoint(
@@ -66,7 +69,7 @@ class Elementwise(Rule):
         parts = [
             real_dot(cotangent[rows], bend.mul_(x[rows])) for rows, bend in self._bends(call, x, y)
         ]
-        return (y,), sum(parts[1:], parts[0])
+        return (y,), sum(parts[1:], parts[0]) * self._factor
 
     def tangent_with_residual(self, call: Call, dots: Tensors) -> tuple[Tensors, Tensors]:
         outputs = self.tangent(call, dots)
@@ -87,7 +90,7 @@ class Elementwise(Rule):
             return (change,)
         change = torch.zeros_like(y) if change is None else change
         for rows, bend in self._bends(call, x, y):
-            change[rows].addcmul_(bend, cotangent[rows])
+            change[rows].addcmul_(bend, cotangent[rows], value=self._factor)
         return (change,)
 
     def _bends(self, call: Call, x: Tensor, y: Tensor) -> Iterator[tuple[Rows, Tensor]]:

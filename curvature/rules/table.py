@@ -38,14 +38,18 @@ def linear(
     return _registering(partial(Linear, rematerialised=rematerialised), names)
 
 
-def elementwise(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register f''(x) xdot as an :class:`Elementwise` rule."""
-    return _registering(Elementwise, names)
+def elementwise(
+    *names: str, factor: float = 1.0
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register f''(x) xdot, but for a factor, as an :class:`Elementwise` rule."""
+    return _registering(partial(Elementwise, factor=factor), names)
 
 
-def singular(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register f''(x) xdot as a :class:`Singular` rule."""
-    return _registering(Singular, names)
+def singular(
+    *names: str, factor: float = 1.0
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register f''(x) xdot, but for a factor, as a :class:`Singular` rule."""
+    return _registering(partial(Singular, factor=factor), names)
 
 
 def general(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
