@@ -27,6 +27,7 @@ _MULTIPLYING = _LAYERS | _PRODUCTS
 
 # Below these a product costs no more than the few sums that save one.
 _LEAST_LENGTH = 128  # of the sums that the product consists of
+_LEAST_CONVOLVED = 256  # likewise, of which lengths are costly to know
 _LEAST_WORK = 25_000_000  # multiplications
 
 
@@ -102,7 +103,8 @@ class Forward:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             left, right = args[:2]
             length = left.shape[-1] if func in _PRODUCTS else math.prod(right.shape[1:])
-            if length >= _LEAST_LENGTH and length * result.numel() >= _LEAST_WORK:
+            least = _LEAST_LENGTH if func in _PRODUCTS or right.ndim == 2 else _LEAST_CONVOLVED
+            if length >= least and length * result.numel() >= _LEAST_WORK:
                 self._keep(left, right, bias, result)
         return result
 

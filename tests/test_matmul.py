@@ -33,19 +33,32 @@ layouts = st.sampled_from(["plain", "transposed", "strided", "slice", "expanded"
 sizes = st.integers(0, 40)
 
 
-@given(sizes, sizes, sizes, layouts, layouts, st.sampled_from([None, "plain", "transposed"]))
+@given(
+    sizes,
+    sizes,
+    sizes,
+    layouts,
+    layouts,
+    st.sampled_from([None, "plain", "transposed", "row", "matrix", "number"]),
+    st.booleans(),
+)
 def test_any_layout_and_size(
-    n: int, k: int, m: int, left: str, right: str, onto: str | None
+    n: int, k: int, m: int, left: str, right: str, added: str | None, onednn: bool
 ) -> None:
     torch.manual_seed(0)
     a, b = laid_out(n, k, left), laid_out(k, m, right)
-    c = None if onto is None else laid_out(n, m, onto)
-    exact = a.double() @ b.double() + (0 if c is None else c.double())
+    onto = laid_out(n, m, added) if added in ("plain", "transposed") else None
+    shape = {"row": (m,), "matrix": (n, m), "number": ()}.get(added or "")
+    plus = None if shape is None else torch.randn(shape)
+    exact = a.double() @ b.double()
+    exact = exact if added is None else exact + (plus if onto is None else onto).double()
+    before = None if plus is None else plus.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_LEAST_WORK", 1)
-        patch.setattr(module, "_ONEDNN", ON_BOARD)
-        result = matmul(a, b, c)
+        patch.setattr(module, "_ONEDNN", onednn and ON_BOARD)
+        result = matmul(a, b, onto, plus)
     torch.testing.assert_close(result, exact.float(), rtol=1e-5, atol=1e-5)
+    assert plus is None or torch.equal(plus, before)
 
 
 @pytest.mark.skipif(not ON_BOARD, reason="oneDNN is not on board")

@@ -21,7 +21,8 @@ class Bilinear(Rule):
 
     Args:
         left, right: names of the saved a and b.
-        product: (call, a, b, onto) -> B(a, b), added to ``onto`` if that is given.
+        product: (call, a, b, onto, plus) -> B(a, b), added to ``onto`` or ``plus`` if one of them
+            is given: to ``onto`` in its memory, to ``plus`` in new memory, to which it broadcasts.
         to_left: (call, yhat, b, onto) -> the cotangent of a, added to ``onto`` if that is given.
         to_right: (call, yhat, a, onto) -> likewise the cotangent of b.
         inputs: where a and b stand among the inputs.
@@ -35,7 +36,7 @@ class Bilinear(Rule):
         self,
         left: str,
         right: str,
-        product: Callable[[Call, Tensor, Tensor, Tensor | None], Tensor],
+        product: Callable[..., Tensor],
         to_left: Callable[[Call, Tensor, Tensor, Tensor | None], Tensor],
         to_right: Callable[[Call, Tensor, Tensor, Tensor | None], Tensor],
         *,
@@ -55,17 +56,14 @@ class Bilinear(Rule):
         return dots[a], dots[b], rest[0] if rest else None
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
-        a, b, c = self._split(dots)
-        out, _ = self._products(call, a, b)
-        return (self._plus(call, out, c),)
+        out, _ = self._products(call, dots)
+        return (out,)
 
     def jet(self, call: Call, dots: Tensors, ddots: Tensors) -> tuple[Tensors, Tensors]:
         out, half = self._with_half(call, dots, None)
         second = None if half is None else half.mul_(2)
         if any(d is not None for d in ddots):
-            a, b, c = self._split(ddots)
-            second, _ = self._products(call, a, b, onto=second)
-            second = self._plus(call, second, c)
+            second, _ = self._products(call, ddots, onto=second)
         return (out,), (second,)
 
     def adjoint(
@@ -82,13 +80,13 @@ class Bilinear(Rule):
     ) -> tuple[Tensor, Tensor | None]:
         """ydot and B(adot, bdot), half of the bend, or its inner product with a cotangent."""
         a, b, c = self._split(dots)
-        known = None if call.product is None else call.product()
+        # Products of lower precision cost less than what saves one.
+        known = call.product() if call.product and product_dtype.get() is None else None
         if known is not None and a is not None and b is not None:
             t = self._balance(call, a, b, known[1])
             if t is not None:
                 return self._from_known(call, a, b, c, t, *known, cotangent)
-        out, half = self._products(call, a, b, bend=True)
-        out = self._plus(call, out, c)
+        out, half = self._products(call, dots, bend=True)
         return out, half if half is None or cotangent is None else real_dot(cotangent, half)
 
     def _balance(self, call: Call, a: Tensor, b: Tensor, bias: Tensor | None) -> float | None:
@@ -110,61 +108,61 @@ class Bilinear(Rule):
         cotangent: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Where y = B(A, B) + bias is known."""
-        y, rest = y.reshape(call.shape()), None
+        plus = None
         if self._added is not None:
             still = None if bias is None else self._added(call, bias) / t
-            rest = add(still, None if c is None else self._added(call, c))
+            plus = add(still, None if c is None else self._added(call, c))
         return karatsuba(
-            partial(self._rounded, call),
+            partial(self._product, call),
             (getattr(call, self._left), a),
             (getattr(call, self._right), b),
             t,
-            y / -t if rest is None else torch.add(rest, y, alpha=-1 / t),
+            y.reshape(call.shape()),
+            plus,
             lambda half: half if cotangent is None else real_dot(cotangent, half),
         )
 
-    def _rounded(self, call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
-        """B(a, b) in the dtype of :func:`products_in`, plus ``onto``."""
+    def _products(
+        self, call: Call, dots: Tensors, *, bend: bool = False, onto: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """B(a, B) + B(A, b) + c + onto, and B(a, b), in the dtype of :func:`products_in`."""
+        a, b, c = self._split(dots)
+        plus = None if c is None or self._added is None else self._added(call, c)
+        if a is None and b is None:
+            assert plus is not None
+            return (plus.expand(call.shape()) if onto is None else onto.add_(plus)), None
+        if onto is not None and plus is not None:
+            onto, plus = onto.add_(plus), None
         dtype = product_dtype.get()
         if dtype is None:
-            return self._product(call, a, b, onto)
-        product = self._product(call, a.to(dtype), b.to(dtype), None).to(a.dtype)
-        return product if onto is None else onto.add_(product)
+            return self._sum_of_products(call, a, b, bend, onto, plus)
+        kept = next(t.dtype for t in (a, b) if t is not None)
+        a, b = (None if t is None else t.to(dtype) for t in (a, b))
+        out, half = self._sum_of_products(call, a, b, bend, None, None)
+        out, half = out.to(kept), None if half is None else half.to(kept)
+        for rest in (onto, plus):
+            out = out if rest is None else out.add_(rest)
+        return out, half
 
-    def _plus(self, call: Call, out: Tensor | None, c: Tensor | None) -> Tensor:
-        """Add the tangent of the input that is only added."""
-        if c is not None:
-            assert self._added is not None
-            third = self._added(call, c)
-            out = third.expand(call.shape()) if out is None else out.add_(third)
-        assert out is not None
-        return out
-
-    def _products(
+    def _sum_of_products(
         self,
         call: Call,
         a: Tensor | None,
         b: Tensor | None,
-        *,
-        bend: bool = False,
-        onto: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """B(a, B) + B(A, b) + onto, and B(a, b), in the dtype of :func:`products_in`."""
-        dtype = product_dtype.get()
-        if dtype is not None:
-            kept = next((t.dtype for t in (a, b) if t is not None), None)
-            a, b = (None if t is None else t.to(dtype) for t in (a, b))
-        out, half = onto if dtype is None else None, None
+        bend: bool,
+        onto: Tensor | None,
+        plus: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        out, half = onto, None
         if b is not None:
-            out = self._product(call, getattr(call, self._left).to(b.dtype), b, out)
+            left = getattr(call, self._left).to(b.dtype)
+            out, plus = self._product(call, left, b, out, plus), None
         if a is not None:
-            out = self._product(call, a, getattr(call, self._right).to(a.dtype), out)
+            out = self._product(call, a, getattr(call, self._right).to(a.dtype), out, plus)
         if bend and a is not None and b is not None:
-            half = self._product(call, a, b, None)
-        if dtype is None:
-            return out, half
-        out, half = (None if t is None else t.to(kept) for t in (out, half))
-        return add(out, onto), half
+            half = self._product(call, a, b)
+        assert out is not None
+        return out, half
 
     def pullback_tangent(
         self,
@@ -195,8 +193,10 @@ class Bilinear(Rule):
         return call.fitted(to)
 
 
-def _matmul(call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
-    return matmul(a, b, onto)
+def _matmul(
+    call: Call, a: Tensor, b: Tensor, onto: Tensor | None = None, plus: Tensor | None = None
+) -> Tensor:
+    return matmul(a, b, onto, plus)
 
 
 def _matmul_left(call: Call, y: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
@@ -238,8 +238,10 @@ register(
 )
 
 
-def _scaled(call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
-    return matmul(a if call.alpha == 1 else a * call.alpha, b, onto)
+def _scaled(
+    call: Call, a: Tensor, b: Tensor, onto: Tensor | None = None, plus: Tensor | None = None
+) -> Tensor:
+    return matmul(a if call.alpha == 1 else a * call.alpha, b, onto, plus)
 
 
 def _scaled_left(call: Call, y: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
@@ -278,7 +280,7 @@ def added_onto(onto: Tensor | None, cotangent: Tensor) -> Tensor:
     return cotangent if onto is None else onto.add_(cotangent)
 
 
-def _mv(call: Call, a: Tensor, b: Tensor, onto: Tensor | None) -> Tensor:
+def _mv(call: Call, a: Tensor, b: Tensor, onto: Tensor | None = None, plus: None = None) -> Tensor:
     return added_onto(onto, a @ b)
 
 

@@ -23,8 +23,11 @@ def _options(call: Call) -> tuple[Any, ...]:
     )
 
 
-def _convolution(call: Call, x: Tensor, w: Tensor, onto: Tensor | None) -> Tensor:
-    return added_onto(onto, torch.ops.aten.convolution(x, w, None, *_options(call)))
+def _convolution(
+    call: Call, x: Tensor, w: Tensor, onto: Tensor | None = None, plus: Tensor | None = None
+) -> Tensor:
+    bias = None if plus is None else plus.flatten()
+    return added_onto(onto, torch.convolution(x, w, bias, *_options(call)))
 
 
 def _convolution_left(call: Call, y: Tensor, w: Tensor, onto: Tensor | None) -> Tensor:

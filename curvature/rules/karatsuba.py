@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Kept = TypeVar("Kept")
 Lengths = tuple[Tensor, Tensor]
 
 _LOSS = 32.0  # times the rounding of two products that an entry may have at most
@@ -23,9 +21,10 @@ def karatsuba(
     left: tuple[Tensor, Tensor],
     right: tuple[Tensor, Tensor],
     t: float,
-    onto: Tensor,
-    kept: Callable[[Tensor], Kept],
-) -> tuple[Tensor, Kept]:
+    known: Tensor,
+    plus: Tensor | None,
+    of_half: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
     """One product instead of two for B(a, B) + B(A, b), where B(A, B) is known.
 
     B(A + t a, b + B/t) = B(A, B)/t + B(A, b) + B(a, B) + t B(a, b), as in Karatsuba's product.
@@ -34,18 +33,22 @@ def karatsuba(
         product: (a, b, onto) -> B(a, b), added to ``onto`` if that is given.
         left, right: (A, a) and (B, b).
         t: of :func:`balance`.
-        onto: -B(A, B) / t, with whatever else the sum is to contain; it is written to.
-        kept: what is wanted of B(a, b).
+        known: B(A, B).
+        plus: what to add to the sum, to which it broadcasts.
+        of_half: a linear function of half the bend, B(a, b), which is not kept.
 
     Returns:
-        The sum, and what was kept of B(a, b), half of the bend.
+        The sum, and ``of_half(B(a, b))``.
     """
     (A, a), (B, b) = left, right
-    half = product(a, b, None)
-    bend = kept(half)
-    onto.sub_(half, alpha=t)
-    del half
-    return product(torch.add(A, a, alpha=t), torch.add(b, B, alpha=1 / t), onto), bend
+    # Times a power of two all digits stay as they are.
+    short = a.numel() < b.numel()
+    out = product(a * -t, b, None) if short else product(a, b * -t, None)
+    bend = of_half(out) / -t
+    out.sub_(known, alpha=1 / t)
+    if plus is not None:
+        out.add_(plus)
+    return product(torch.add(A, a, alpha=t), torch.add(b, B, alpha=1 / t), out), bend
 
 
 def balance(rows: Lengths, columns: Lengths, bias: Tensor | None = None) -> float | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from curvature.graph import Call, Tensors
 from curvature.rules.karatsuba import balance, karatsuba
 from curvature.rules.matmul import matmul
-from curvature.rules.precision import multiply
+from curvature.rules.precision import multiply, product_dtype
 
 
 class LstmLayer:
@@ -89,11 +89,12 @@ class LstmLayer:
 
     def _both(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """x' W^T + x W'^T, and x' W'^T."""
-        t = balance((_lengths(self.x), _lengths(x)), (_lengths(self.w), _lengths(w)))
+        lengths = (_lengths(self.x), _lengths(x)), (_lengths(self.w), _lengths(w))
+        t = balance(*lengths) if product_dtype.get() is None else None
         if t is None:
             return multiply(x, self.w.t(), multiply(self.x, w.t())), multiply(x, w.t())
         left, right = (self.x, x), (self.w.t(), w.t())
-        return karatsuba(multiply, left, right, t, self.from_x / -t, lambda half: half)
+        return karatsuba(matmul, left, right, t, self.from_x, None, lambda half: half)
 
     def push(
         self,

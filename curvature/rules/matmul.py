@@ -29,12 +29,21 @@ _ONEDNN = (
 _LEAST_WORK = 1_000_000  # multiplications; below these its set-up costs more than it saves
 
 
-def matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """a @ b, of two matrices or two batches of them, plus ``onto``, whose memory it may take."""
+def matmul(a: Tensor, b: Tensor, onto: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """a @ b, of two matrices or two batches of them, plus one of two if given.
+
+    Args:
+        onto: like the result; its memory may be taken for that.
+        plus: broadcasts to the result, and stays as it is.
+    """
     if _by_onednn(a, b):
         if onto is None:
-            return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+            bias = plus if plus is not None and plus.ndim == 1 else None
+            out = torch.ops.mkldnn._linear_pointwise(a, b.mT, bias, "none", [], "")
+            return out if bias is plus else out.add_(plus)
         return torch.ops.mkldnn._linear_pointwise.binary(a, onto, b.mT, None, "add")
+    if plus is not None:
+        return torch.addmm(plus, a, b) if a.ndim == 2 else torch.baddbmm(plus, a, b)
     if onto is None:
         # As a @ b, which first makes views for shapes that broadcast.
         return torch.mm(a, b) if a.ndim == 2 else torch.bmm(a, b)
