@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim.sharded import is_sharded, local, sum_of_parts
+
+Dot = Callable[[Tensor, Tensor], Tensor]
 
 _SMALL = 1e-25
 _BLOCK = 2**12  # entries; longer sums lose digits in single precision
@@ -18,19 +20,28 @@ _WHOLE = 2**15  # entries; up to here torch.dot itself sums in several parts
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
     """<left, right>, summed in float64, over all processes where sharded; None is zero."""
+    return _over_processes(left, right, _blockwise)
+
+
+def rough_inner(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> float:
+    """<left, right> as torch.dot sums it: for its sign, at half the time of :func:`inner`."""
+    return _over_processes(left, right, _at_once)
+
+
+def _over_processes(left: Sequence[Tensor], right: Sequence[Tensor | None], dot: Dot) -> float:
     pairs = [(a, b) for a, b in zip(left, right, strict=True) if b is not None]
     sharded = [(a, b) for a, b in pairs if is_sharded(a)]
     if not sharded:
-        return _inner(pairs)
-    whole = _inner([(a, b) for a, b in pairs if not is_sharded(a)])
-    part = _inner([(local(a), local(b)) for a, b in sharded])
+        return _inner(pairs, dot)
+    whole = _inner([(a, b) for a, b in pairs if not is_sharded(a)], dot)
+    part = _inner([(local(a), local(b)) for a, b in sharded], dot)
     return whole + sum_of_parts(part, sharded[0][0])
 
 
-def _inner(tensors: Sequence[tuple[Tensor, Tensor]]) -> float:
+def _inner(tensors: Sequence[tuple[Tensor, Tensor]], dot: Dot) -> float:
     pairs = [(_flat(a), _flat(b)) for a, b in tensors if a is not b]
     squares = [_flat(a) for a, b in tensors if a is b]
-    sums = [_blockwise(*pair) for pair in _joined(pairs)]
+    sums = [dot(*pair) for pair in _joined(pairs)]
     sums += [_square(a) for (a,) in _joined([(a,) for a in squares])]
     found = total(sums)
     if not _SMALL <= abs(found) < math.inf:
@@ -55,6 +66,10 @@ def _joined(tuples: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]
             short.setdefault((vectors[0].dtype, vectors[0].device), []).append(vectors)
     for some in short.values():
         yield tuple(map(torch.cat, zip(*some, strict=True)))
+
+
+def _at_once(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a, b).double()
 
 
 def _blockwise(a: Tensor, b: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ class Line:
         ell: the user's factor on the step, the largest ``group["lr"]``.
         kinetic: the energy of the base's inertia, if the rule asks for it.
         limit: the largest step that the base allows.
-        hindsight: <g, w>, w the way of the last steps; positive if the loss of this batch still
-            falls along it, 0 if none is known or the rule does not ask for it.
+        hindsight: <g, w> to a few digits, w the way of the last steps; positive if the loss of
+            this batch still falls along it, 0 if none is known or the rule does not ask for it.
     """
 
     iteration: int

@@ -199,7 +199,7 @@ class Stepper:
 
     def _hindsight(self, trial: Trial) -> float:
         way = self.trail.along(trial.params)
-        slope = 0.0 if way is None else trial.slope_along(way)
+        slope = 0.0 if way is None else way[0] * trial.slope_along(way[1])
         return slope if math.isfinite(slope) else 0.0
 
     def _hand_over(self, batch: Batch, found: Evaluation) -> None:
@@ -249,13 +249,12 @@ class Stepper:
 
     def _go(self, plan: Plan) -> None:
         line, step = plan.line, plan.numbers["step"]
-        way = {}
-        if self.rule.needs_hindsight:
-            # First, since there may be no memory for it, and d is the proposer's.
-            params, direction = plan.trial.params, plan.trial.direction
-            way = self.trail.after(params, direction, step, line.momentum)
+        params, mu, looks_back = plan.trial.params, line.momentum, self.rule.needs_hindsight
+        # First, since there may be no memory for it, and d is the proposer's.
+        held = self.trail.before(params, plan.trial.direction, mu) if looks_back else []
         self._proposer.move(step)
-        self.trail.way = way
+        if looks_back:
+            self.trail.after(params, held, step, mu)
         if line.kinetic is not None:
             self.energy = line.kinetic.after(step, plan.numbers["r"])
         self.rule_state = plan.state

@@ -26,7 +26,7 @@ from optim.evaluation import (
     evaluate,
 )
 from optim.grads import without_grads
-from optim.inner import inner
+from optim.inner import inner, rough_inner
 from optim.penalty import Penalty
 from optim.sharded import is_sharded, local
 
@@ -121,8 +121,8 @@ class Trial:
         return slope + self.penalty.slope(self.params, d), squared_norm
 
     def slope_along(self, way: Sequence[Tensor]) -> float:
-        """The derivative of the mean loss along another direction."""
-        return inner(way, self.evaluation.grads) + self.penalty.slope(self.params, way)
+        """The derivative of the mean loss along another direction, to a few digits."""
+        return rough_inner(way, self.evaluation.grads) + self.penalty.slope(self.params, way)
 
     def loss_after(self, step: float) -> float:
         """The mean loss at theta - step d, also if it is NaN or infinite."""

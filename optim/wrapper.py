@@ -326,6 +326,7 @@ class Wrapper(Optimizer):
             "states": len(self.base.state),
             "steady": self._setting.loss_scale.steady,
             "trail": self.stepper.trail.saved(self._params()),
+            **self.stepper.trail.numbers(),
             **self.stepper.state(),
         }
 
@@ -377,9 +378,11 @@ class Wrapper(Optimizer):
         own = checked_entry(state_dict, self._configuration(), self._own_state())
         # Hooks may give the base another order of the parameters, of which nothing is known here.
         reordered = bool(self.base._optimizer_load_state_dict_pre_hooks)
-        way = {} if reordered else Trail.loaded(own["trail"], self._params())
+        params = self._params()
+        trail = Trail()
+        trail.load(params, [None] * len(params) if reordered else own["trail"], own)
         self.base.load_state_dict(without_entry(state_dict))
-        self.stepper.trail.way = way
+        self.stepper.trail = trail
         self.iteration, self.skipped = own["iteration"], own["skipped"]
         self._setting.loss_scale.steady = own["steady"]
         self.stepper.load(own)

@@ -338,7 +338,7 @@ def test_torchs_distributed_checkpoints_keep_all_but_the_trail(
         optim_state_dict=found["optimizer"],
         options=options,
     )
-    optimizer.stepper.trail.way = {}
+    optimizer.stepper.trail._way = {}
     assert fresh.state_dict()["wrapper"] == optimizer.state_dict()["wrapper"]
     x = torch.randn(8, 4)
     for net, wrapper in ((model, optimizer), (loaded, fresh)):

@@ -270,7 +270,7 @@ def continued_shards(folder: str) -> None:
         make = lambda m: OPTIMIZERS["GeN"](m, process_group=distributed.group.WORLD)  # noqa: E731
         optimizer = make(model)
         train(model, optimizer, slice(None), "one")
-        optimizer.stepper.trail.way = {}
+        optimizer.stepper.trail._way = {}
         if stopped:
             model_state, state = get_state_dict(model, optimizer)
             saved = {"model": model_state, "optimizer": state}

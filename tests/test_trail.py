@@ -39,7 +39,7 @@ def losses(x: Tensor, k: int) -> Tensor:
     return torch.stack([(x - 2 * (k % 2)).square().sum(), x.cosh().sum()])
 
 
-@pytest.mark.parametrize("mu", [0.0, 0.9])
+@pytest.mark.parametrize("mu", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_hindsight(mu: float, decay: float) -> None:
     x = nn.Parameter(torch.tensor([1.0, -0.5], dtype=F64))
@@ -47,7 +47,7 @@ def test_hindsight(mu: float, decay: float) -> None:
     rule = LooksBack()
     optimizer = Rescaled(base, rule=rule, checked=0)
     at, expected = [x.detach().clone()], []
-    for k in range(6):
+    for k in range(25):
         here = at[-1].requires_grad_()
         (g,) = torch.autograd.grad(losses(here, k).mean() + decay / 2 * here @ here, here)
         way = sum((mu**j * (at[-2 - j] - at[-1 - j]) for j in range(k)), torch.zeros(2, dtype=F64))
@@ -56,6 +56,73 @@ def test_hindsight(mu: float, decay: float) -> None:
         at.append(x.detach().clone())
     assert [line.hindsight for line in rule.seen] == pytest.approx(expected, rel=1e-12, abs=1e-14)
     assert all(expected[1:])
+
+
+class Consumes(torch.optim.SGD):
+    """Proposes p.grad, and spoils it when it moves."""
+
+    def propose(self, ratios: Any) -> dict[Tensor, Tensor]:
+        return {p: p.grad for p in self.param_groups[0]["params"]}
+
+    @torch.no_grad()
+    def move(self, step: float) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad.mul_(step))
+
+    def limit(self, ratios: Any) -> float:
+        return torch.inf
+
+
+def zeroed(optimizer: Any) -> None:
+    optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize(
+    ("base", "then"), [(torch.optim.SGD, zeroed), (Consumes, lambda optimizer: None)]
+)
+def test_directions_that_are_written_to_are_copied_from_then_on(base: Any, then: Any) -> None:
+    x = nn.Parameter(torch.tensor([1.0, -0.5], dtype=F64))
+    rule = LooksBack()
+    optimizer = Rescaled(base([x]), rule=rule, checked=0)
+    at = [x.detach().clone()]
+    for k in range(6):
+        here = at[-1].requires_grad_()
+        (g,) = torch.autograd.grad(losses(here, k).mean(), here)
+        optimizer.step(partial(losses, x, k))
+        then(optimizer)
+        if k == 2:
+            # What is known of it is saved.
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        expected = 0.0 if k < 2 else (g @ (at[-2] - at[-1])).item()
+        assert rule.seen[-1].hindsight == pytest.approx(expected, rel=1e-12)
+        at.append(x.detach().clone())
+
+
+def test_a_direction_that_the_move_spoils_ends_the_way_under_momentum() -> None:
+    x = nn.Parameter(torch.tensor([1.0, -0.5], dtype=F64))
+    rule = LooksBack()
+    optimizer = Rescaled(Consumes([x], momentum=0.5), rule=rule, checked=0)
+    way = torch.zeros(2, dtype=F64)
+    for k in range(5):
+        here = x.detach().clone().requires_grad_()
+        (g,) = torch.autograd.grad(losses(here, k).mean(), here)
+        optimizer.step(partial(losses, x, k))
+        assert rule.seen[-1].hindsight == pytest.approx((g @ way).item(), rel=1e-12)
+        # The first direction is copied, as there is no way yet to add it to; the second is not.
+        way = (0.5 * way + (here - x).detach()) * (k != 1)
+
+
+@pytest.mark.parametrize("mus", [(0.0, 0.0, 0.0), (0.9, 0.9, 0.9), (0.0, 0.9, 0.0)])
+def test_gradients_stay_as_they_are(mus: tuple[float, ...]) -> None:
+    x = nn.Parameter(torch.tensor([1.0, -0.5], dtype=F64))
+    optimizer = GeN(torch.optim.SGD([x], momentum=0.5))
+    values, grads = [], []
+    for mu in mus:
+        optimizer.param_groups[0]["momentum"] = mu
+        values.append(x.detach().clone())
+        optimizer.step(lambda: x.square().sum())
+        grads.append(x.grad)
+    assert all(torch.equal(g, 2 * at) for g, at in zip(grads, values, strict=True))
 
 
 def test_parameters_that_rest_and_new_ones() -> None:
@@ -71,23 +138,29 @@ def test_parameters_that_rest_and_new_ones() -> None:
     optimizer.step(lambda: (5 * y).sum())
     assert rule.seen[1].hindsight == pytest.approx(3 * moved)
     assert rule.seen[2].hindsight == pytest.approx(5 * moved / 2)
+    there = z.item()
+    optimizer.step(lambda: (11 * z).sum())
+    assert rule.seen[3].hindsight == pytest.approx(11 * (1 - there) / 2)
 
 
 def squares(model: nn.Module, data: Tensor) -> Any:
     return model(data).square().sum()
 
 
-def test_a_model_converted_between_two_steps() -> None:
+@pytest.mark.parametrize("mu", [0.0, 0.9])
+def test_a_model_converted_between_two_steps(mu: float) -> None:
     model = nn.Linear(2, 1)
     rule = LooksBack()
-    optimizer = Rescaled(torch.optim.SGD(model.parameters()), rule=rule, checked=0)
+    base = torch.optim.SGD(model.parameters(), momentum=mu)
+    optimizer = Rescaled(base, rule=rule, checked=0)
     for dtype in (torch.float32, F64, F64):
         model.to(dtype)
         saved = optimizer.state_dict()
         optimizer.load_state_dict(saved)
         data = torch.ones(4, 2, dtype=dtype)
         optimizer.step(partial(squares, model, data))
-    assert [line.hindsight != 0 for line in rule.seen] == [False, False, True]
+    # Without momentum d is p.grad, which is converted with the model.
+    assert [line.hindsight != 0 for line in rule.seen] == [False, mu == 0, True]
 
 
 def test_skipped_steps_and_looks_ahead_leave_no_way() -> None:
