@@ -39,8 +39,6 @@ class Elementwise(Rule):
         factor: what the bend is still to be multiplied by, which then takes no pass of its own.
     """
 
-    rematerialised = True
-
     def __init__(
         self, bend: Callable[[Call, Tensor, Tensor], Tensor] | None, *, factor: float = 1.0
     ) -> None:
@@ -135,13 +133,10 @@ class General(Rule):
         push: (call, dots, bend) -> ydot, or with ``bend`` the pair of ydot and D²F[xdot, xdot];
             each a tensor, None, or a tuple of these for several outputs. Written with operations
             that autograd differentiates, it serves the cross term too.
-        rematerialised: see :class:`Rule`.
     """
 
-    def __init__(
-        self, push: Callable[[Call, Tensors, bool], Any], *, rematerialised: bool = False
-    ) -> None:
-        self._push, self.rematerialised = push, rematerialised
+    def __init__(self, push: Callable[[Call, Tensors, bool], Any]) -> None:
+        self._push = push
 
     def tangent(self, call: Call, dots: Tensors) -> Tensors:
         return _as_tuple(self._push(call, dots, False))

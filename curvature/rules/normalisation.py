@@ -23,8 +23,6 @@ from curvature.rules.table import register
 
 
 class _Normalisation(Rule):
-    rematerialised = True
-
     def __init__(self, statistics: Callable[[Call], Normalised]) -> None:
         self._statistics = statistics
 
@@ -152,7 +150,7 @@ def _fixed(call: Call, dots: Tensors, bend: bool) -> tuple[Tensor, Tensor | None
     return (out, None if moved is None or w is None else 2 * w * moved) if bend else out
 
 
-_FIXED = General(_fixed, rematerialised=True)
+_FIXED = General(_fixed)
 register("NativeLayerNormBackward0", _Normalisation(LayerNormalised))
 register("NativeBatchNormBackward0", _BatchNorm(BatchNormalised))
 register("NativeGroupNormBackward0", _GroupNorm(GroupNormalised))

@@ -28,7 +28,8 @@ class Rule(ABC):
 
     Attributes:
         linear: whether the operation is linear in the inputs that move; then it has no bend.
-        rematerialised: whether cotangents of its inputs are computed again rather than kept.
+        rematerialised: whether cotangents of its inputs, which cost next to nothing, are computed
+            again rather than kept.
         needs_sums: whether of its own cotangent the sums along ``call.dim`` are enough.
     """
 
