@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.sharded import local
+
 _SHORT = 2.0**-20  # of ``length``; below it the tensors are scaled anew
 
 
@@ -34,9 +36,9 @@ class Trail:
     INNAprop follow d to first order in the step, and so does w.
 
     w is ``length`` times a tensor, so that a step reads d once, or not at all: without momentum
-    the tensor is d itself, which is p.grad in plain gradient descent. Where it is written to
-    before the next step, as where gradients are zeroed in place, w is unknown at that step, and
-    from then on d is copied.
+    the tensor is d itself, p.grad in plain gradient descent, unless it is part of a larger one.
+    Where it is written to before the next step, as where gradients are zeroed in place, w is
+    unknown at that step, and from then on d is copied.
     """
 
     def __init__(self) -> None:
@@ -62,9 +64,10 @@ class Trail:
         if mu > 0 and not self._owned:
             self._way = {p: Held(way.tensor.clone()) for p in self._way if (way := self._known(p))}
             self._owned = True
+        known = map(self._known, params)
         return [
-            Held(d.clone() if self._copied or (mu > 0 and self._known(p) is None) else d)
-            for p, d in zip(params, direction, strict=True)
+            Held(d.clone() if self._copied or _is_part(d) or (mu > 0 and way is None) else d)
+            for d, way in zip(direction, known, strict=True)
         ]
 
     @torch.no_grad()
@@ -122,3 +125,12 @@ class Trail:
         t = way.tensor
         fits = t.shape == p.shape and (t.device, t.dtype) == (p.device, p.dtype)
         return way if fits else None
+
+
+def _is_part(d: Tensor) -> bool:
+    """Whether others have memory in common with it, and may write to that unseen.
+
+    As the reducer of DistributedDataParallel does, whose gradients are parts of its buckets.
+    """
+    part = local(d)
+    return part.untyped_storage().nbytes() != part.nbytes

@@ -98,6 +98,25 @@ def test_directions_that_are_written_to_are_copied_from_then_on(base: Any, then:
         at.append(x.detach().clone())
 
 
+def test_directions_in_memory_that_others_write_to() -> None:
+    x, bucket = nn.Parameter(torch.tensor([1.0, -0.5], dtype=F64)), torch.zeros(3, dtype=F64)
+
+    def into_bucket(g: Tensor) -> Tensor:
+        bucket.data[:2] = g  # leaves no version to tell it by
+        return bucket[:2]
+
+    x.register_hook(into_bucket)
+    rule = LooksBack()
+    optimizer = Rescaled(torch.optim.SGD([x]), rule=rule, checked=0)
+    way = torch.zeros(2, dtype=F64)
+    for k in range(3):
+        here = x.detach().clone().requires_grad_()
+        (g,) = torch.autograd.grad(losses(here, k).mean(), here)
+        optimizer.step(partial(losses, x, k))
+        assert rule.seen[-1].hindsight == pytest.approx((g @ way).item(), rel=1e-12)
+        way = (here - x).detach()
+
+
 def test_a_direction_that_the_move_spoils_ends_the_way_under_momentum() -> None:
     x = nn.Parameter(torch.tensor([1.0, -0.5], dtype=F64))
     rule = LooksBack()
