@@ -23,7 +23,7 @@ from curvature.quadratic import Quadratic
 from curvature.reevaluation import Reevaluation
 from curvature.sweep import Sweep
 from curvature.trees import flatten_direction
-from curvature.uncompiled import uncompiled
+from curvature.uncompiled import evaluated_again_uncompiled, uncompiled
 
 _ENGINES = ("auto", "reference")
 _PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -304,7 +304,7 @@ class Tape:
     def _deriving(self, losses: Tensor) -> Iterator[None]:
         # What checkpointing evaluates again must take the same variants as in the forward pass.
         with (
-            uncompiled(),
+            evaluated_again_uncompiled(),
             self._allocation(),
             self._reevaluation.compared(),
             derivative_mode(losses.device),

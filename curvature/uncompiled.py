@@ -11,6 +11,8 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
+from curvature.compilations import something_compiled
+
 
 def uncompiled() -> AbstractContextManager[Any]:
     """Inside, code that ``torch.compile`` has made runs as it was written.
@@ -22,10 +24,18 @@ def uncompiled() -> AbstractContextManager[Any]:
         >>> with uncompiled():
         ...     pass
     """
-    # Nothing was compiled where the compiler was not even imported, which takes seconds.
+    # Nothing is compiled where the compiler was not even imported, which takes seconds.
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         return nullcontext()
     return _eager()
+
+
+def evaluated_again_uncompiled() -> AbstractContextManager[Any]:
+    """Inside, what ran :func:`uncompiled` runs so again; all else takes none of its time.
+
+    Within a mode each of the many operations of a tangent pass goes through Python.
+    """
+    return uncompiled() if something_compiled() else nullcontext()
 
 
 @contextmanager

@@ -246,7 +246,7 @@ class Wrapper(Optimizer):
         due = self.stepper.due(self.iteration + 1)
         called = self._setting.called
         called.begin()
-        plainly = due and self.stepper.estimator.needs_graph
+        plainly, first = due and self.stepper.estimator.needs_graph, not called.known
         record = None
         try:
             if not (plainly or called.known):
@@ -254,6 +254,8 @@ class Wrapper(Optimizer):
                 plainly = not self._anything_compiled()
                 if not plainly:
                     learn_calls(closures, params, self._setting)
+            # A tape sees to itself; around it this would take time of each of its operations.
+            plainly = plainly and (first or compilations() > 0)
             with uncompiled() if plainly else nullcontext(), SideEffects(called) as effects:
                 batch = Batch(closures, params, self._setting, effects)
                 result, record = self.stepper.step(self.iteration + 1, batch, due)
