@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 import curvature
 from curvature import NotTwiceDifferentiable, module_calls
 from curvature.compilations import something_compiled
+from curvature.pushforward import Pushforward
 from optim import GeN, Rescaled
 from optim.estimators import Exact, GaussNewton, GradientDifferences, Probes, Secant
 
@@ -208,6 +209,25 @@ def test_hooks_serve_until_something_is_compiled() -> None:
     assert not something_compiled()
     torch.compile(nn.Linear(2, 2), backend="eager")
     assert something_compiled()
+
+
+def test_tangent_passes_run_in_a_mode_only_where_something_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch._dynamo")
+    modes, run = [], Pushforward.run
+
+    def noted(self: Pushforward, *args: Any, **options: Any) -> Tensor | None:
+        modes.append(torch._C._len_torch_function_stack())
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(Pushforward, "run", noted)
+    problem = Problem("jet", "plain")
+    problem.train(3)
+    assert [mode > 0 for mode in modes] == [True, False, False]
+    Problem("jet", "eager").train(2)
+    problem.train(1)
+    assert all(modes[3:])
 
 
 def conditional(w: Tensor) -> Tensor:
