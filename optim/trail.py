@@ -66,7 +66,7 @@ class Trail:
             self._owned = True
         known = map(self._known, params)
         return [
-            Held(d.clone() if self._copied or _is_part(d) or (mu > 0 and way is None) else d)
+            Held(d.clone() if self._copied or (way is None if mu > 0 else _is_part(d)) else d)
             for d, way in zip(direction, known, strict=True)
         ]
 
