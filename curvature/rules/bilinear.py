@@ -108,10 +108,9 @@ class Bilinear(Rule):
         cotangent: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Where y = B(A, B) + bias is known."""
-        plus = None
-        if self._added is not None:
-            still = None if bias is None else self._added(call, bias) / t
-            plus = add(still, None if c is None else self._added(call, c))
+        plus = self._third(call, c)
+        if bias is not None and self._added is not None:
+            plus = add(self._added(call, bias) / t, plus)
         return karatsuba(
             partial(self._product, call),
             (getattr(call, self._left), a),
@@ -122,12 +121,19 @@ class Bilinear(Rule):
             lambda half: half if cotangent is None else real_dot(cotangent, half),
         )
 
+    def _third(self, call: Call, c: Tensor | None) -> Tensor | None:
+        """What the tangent of the input that is only added adds."""
+        if c is None:
+            return None
+        assert self._added is not None
+        return self._added(call, c)
+
     def _products(
         self, call: Call, dots: Tensors, *, bend: bool = False, onto: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """B(a, B) + B(A, b) + c + onto, and B(a, b), in the dtype of :func:`products_in`."""
         a, b, c = self._split(dots)
-        plus = None if c is None or self._added is None else self._added(call, c)
+        plus = self._third(call, c)
         if a is None and b is None:
             assert plus is not None
             return (plus.expand(call.shape()) if onto is None else onto.add_(plus)), None
