@@ -58,6 +58,14 @@ def test_hindsight(mu: float, decay: float) -> None:
     assert all(expected[1:])
 
 
+def stepped(optimizer: Any, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Take step k; the gradient before it, and by how much x has fallen."""
+    here = x.detach().clone().requires_grad_()
+    (g,) = torch.autograd.grad(losses(here, k).mean(), here)
+    optimizer.step(partial(losses, x, k))
+    return g, (here - x).detach()
+
+
 class Consumes(torch.optim.SGD):
     """Proposes p.grad, and spoils it when it moves."""
 
@@ -84,18 +92,16 @@ def test_directions_that_are_written_to_are_copied_from_then_on(base: Any, then:
     x = nn.Parameter(torch.tensor([1.0, -0.5], dtype=F64))
     rule = LooksBack()
     optimizer = Rescaled(base([x]), rule=rule, checked=0)
-    at = [x.detach().clone()]
+    way = torch.zeros(2, dtype=F64)
     for k in range(6):
-        here = at[-1].requires_grad_()
-        (g,) = torch.autograd.grad(losses(here, k).mean(), here)
-        optimizer.step(partial(losses, x, k))
+        g, moved = stepped(optimizer, x, k)
         then(optimizer)
         if k == 2:
             # What is known of it is saved.
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        expected = 0.0 if k < 2 else (g @ (at[-2] - at[-1])).item()
+        expected = 0.0 if k < 2 else (g @ way).item()
         assert rule.seen[-1].hindsight == pytest.approx(expected, rel=1e-12)
-        at.append(x.detach().clone())
+        way = moved
 
 
 def test_directions_in_memory_that_others_write_to() -> None:
@@ -110,11 +116,9 @@ def test_directions_in_memory_that_others_write_to() -> None:
     optimizer = Rescaled(torch.optim.SGD([x]), rule=rule, checked=0)
     way = torch.zeros(2, dtype=F64)
     for k in range(3):
-        here = x.detach().clone().requires_grad_()
-        (g,) = torch.autograd.grad(losses(here, k).mean(), here)
-        optimizer.step(partial(losses, x, k))
+        g, moved = stepped(optimizer, x, k)
         assert rule.seen[-1].hindsight == pytest.approx((g @ way).item(), rel=1e-12)
-        way = (here - x).detach()
+        way = moved
 
 
 def test_a_direction_that_the_move_spoils_ends_the_way_under_momentum() -> None:
@@ -123,12 +127,10 @@ def test_a_direction_that_the_move_spoils_ends_the_way_under_momentum() -> None:
     optimizer = Rescaled(Consumes([x], momentum=0.5), rule=rule, checked=0)
     way = torch.zeros(2, dtype=F64)
     for k in range(5):
-        here = x.detach().clone().requires_grad_()
-        (g,) = torch.autograd.grad(losses(here, k).mean(), here)
-        optimizer.step(partial(losses, x, k))
+        g, moved = stepped(optimizer, x, k)
         assert rule.seen[-1].hindsight == pytest.approx((g @ way).item(), rel=1e-12)
         # The first direction is copied, as there is no way yet to add it to; the second is not.
-        way = (0.5 * way + (here - x).detach()) * (k != 1)
+        way = (0.5 * way + moved) * (k != 1)
 
 
 @pytest.mark.parametrize("mus", [(0.0, 0.0, 0.0), (0.9, 0.9, 0.9), (0.0, 0.9, 0.0)])
